@@ -48,6 +48,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -491,41 +492,48 @@ def prepare(args):
 # caption does not fix the picture: drawing from S is part of why samples of one prompt differ).
 
 
-def fit_prior(data):
-    """Fit the prior on the training pairs of a data file; choose its strength on the held-out pairs.
+def fit_gaussian(x, y, strength):
+    """The Gaussian y | x ~ N(x W + b, S) by ridge regression, in closed form: x (N, A), y (N, B).
 
-    Returns a dict: weight (D, D), bias (D,), noise (D, D) with noise noiseᵀ = S, ridge, and the mean
-    cosine between held-out image embeddings and their captions, before and after the prior.
+    Returns weight (A, B), bias (B,) and noise (B, B), a square root of S: noise noiseᵀ = S.
+    """
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    covariance = (x - x_mean).T @ (x - x_mean) / len(x)                                 # (A, A)
+    # W = argmin |y - x W|² + ridge |W|²  =  (XᵀX + ridge I)⁻¹ XᵀY
+    ridge = strength * covariance.diagonal().mean() * torch.eye(len(covariance))
+    weight = torch.linalg.solve(covariance + ridge, (x - x_mean).T @ (y - y_mean) / len(x))
+    bias = y_mean - x_mean @ weight
+    residual = y - (x @ weight + bias)
+    # a square root from the eigenvalues, which unlike Cholesky's bears a singular S
+    variances, axes = torch.linalg.eigh(residual.T @ residual / len(residual))          # (B,), (B, B)
+    return {"weight": weight, "bias": bias, "noise": axes * variances.clamp(min=0).sqrt()}
+
+
+def draw_gaussian(gaussian, x, temperature=1.0):
+    """Draw y | x: (N, A) -> (N, B). Temperature scales the noise; 0 gives the mean."""
+    mean = x @ gaussian["weight"] + gaussian["bias"]
+    return mean + temperature * torch.randn_like(mean) @ gaussian["noise"].T
+
+
+def fit_prior(data):
+    """Fit p(image embedding | caption) on the training pairs; choose its strength on the held-out ones.
+
+    Returns fit_gaussian's dict, with the mean cosine between held-out photographs and their captions
+    as "cosine" (through the prior's mean) and "cosine_without".
     """
     train, held = ~data["held_out"], data["held_out"]
     texts, images = data["caption_embeddings"], data["image_embeddings"]
-    x = texts[train].flatten(0, 1)                              # (5N, D): every caption is a pair
-    y = images[train].repeat_interleave(CAPTIONS, 0)            # (5N, D)
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    covariance = (x - x_mean).T @ (x - x_mean) / len(x)         # (D, D)
-    cross = (x - x_mean).T @ (y - y_mean) / len(x)              # (D, D)
+    x = texts[train].flatten(0, 1)                        # (5N, D): every caption makes a pair
+    y = images[train].repeat_interleave(CAPTIONS, 0)      # (5N, D)
     best = None
     for strength in torch.logspace(-5, 1, 13):
-        # W = argmin |y - x W|² + ridge |W|²  =  (XᵀX + ridge I)⁻¹ XᵀY
-        ridge = strength * covariance.diagonal().mean()
-        weight = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance)), cross)
-        bias = y_mean - x_mean @ weight
-        predicted = F.normalize(texts[held] @ weight + bias, dim=-1)
-        cosine = (predicted * images[held][:, None]).sum(-1).mean().item()
-        if best is None or cosine > best["cosine"]:
-            best = {"weight": weight, "bias": bias, "ridge": ridge.item(), "cosine": cosine}
-    residual = y - (x @ best["weight"] + best["bias"])
-    # a matrix square root of S from its eigenvalues, which unlike Cholesky's bears a singular S
-    variances, axes = torch.linalg.eigh(residual.T @ residual / len(residual))          # (D,), (D, D)
-    best["noise"] = axes * variances.clamp(min=0).sqrt()
+        prior = fit_gaussian(x, y, strength)
+        predicted = F.normalize(draw_gaussian(prior, texts[held], temperature=0), dim=-1)  # (M, 5, D)
+        prior["cosine"] = (predicted * images[held][:, None]).sum(-1).mean().item()
+        if best is None or prior["cosine"] > best["cosine"]:
+            best = prior
     best["cosine_without"] = (texts[held] * images[held][:, None]).sum(-1).mean().item()
     return best
-
-
-def apply_prior(prior, texts, temperature=1.0):
-    """Draw image embeddings for caption embeddings: (N, D) -> (N, D). Temperature 0 gives the mean."""
-    mean = texts @ prior["weight"] + prior["bias"]
-    return F.normalize(mean + temperature * torch.randn_like(mean) @ prior["noise"].T, dim=-1)
 
 
 # %% 3. The model -----------------------------------------------------------------------------------
@@ -609,6 +617,7 @@ class CVAE(nn.Module):
     def __init__(self, size, condition_dim, latents="ladder", dropout=0.0):
         super().__init__()
         self.ladder = latents == "ladder"
+        self.register_buffer("awake", torch.zeros(()))  # 0: only z_0 counts; 1: the whole ladder (see train)
         sides = [side for side in WIDTHS if side < size]  # 4, 8, ... size / 2
         # embeddings crowd into a narrow cone; standardised, their differences are what the network sees
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
@@ -672,7 +681,7 @@ class CVAE(nn.Module):
                 else:
                     latent = gaussian_sample(mu_p, logvar_p, temperature)
                 latents.append(latent)
-                h = h + level.inject(latent)
+                h = h + self.awake * level.inject(latent)
             h = level.after(h, style)
         # the last doubling: each pixel of the map becomes a 2x2 patch of the picture
         picture = torch.sigmoid(F.pixel_shuffle(self.to_pixels(F.silu(h)).float(), 2))  # (N, 3, S, S)
@@ -686,10 +695,9 @@ class CVAE(nn.Module):
         return picture, torch.stack([gaussian_kl(mu, logvar, zero, zero), *kls], dim=1)
 
     @torch.no_grad()
-    def generate(self, condition, temperature=1.0, z=None, given=()):
-        """Draw pictures: condition (N, D) -> (N, 3, S, S). Temperature scales every latent's noise."""
-        if z is None:
-            z = temperature * torch.randn(len(condition), LATENT_DIM, device=condition.device)
+    def generate(self, condition, latent_prior, temperature=1.0, given=()):
+        """Draw pictures: condition (N, D) -> (N, 3, S, S). Temperature scales the noise of the levels."""
+        z = draw_gaussian(latent_prior, self.standardise(condition))                   # (N, 128)
         return self.decode(z, condition, given=given, temperature=temperature)[0]
 
 
@@ -698,6 +706,7 @@ class ReportCVAE(CVAE):
 
     def __init__(self, size, condition_dim, latents="report", dropout=0.3):
         nn.Module.__init__(self)
+        self.register_buffer("awake", torch.zeros(()))
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(condition_dim))
 
@@ -889,6 +898,26 @@ def evaluate_elbo(model, images, conditions, device, objective=elbo_loss):
             "kl_levels": kl.tolist(), "psnr": -10 * torch.log10(mse).item()}
 
 
+@torch.no_grad()
+def fit_latent_prior(model, images, conditions, device):
+    """Fit p(z_0 | c) to what the encoder does with (up to 1,024) training pictures: fit_gaussian's dict.
+
+    Training pulls every q(z_0 | x, c) towards N(0, I), but their mixture over all pictures stays
+    off-centre, correlated, and dependent on c. Draws of N(0, I) land where no picture ever was, and
+    the decoder answers with grey mush. The best prior is that mixture ("VampPrior", Tomczak & Welling
+    2018, arXiv 1705.07120); a Gaussian around a line, as in section 2, is near enough.
+    """
+    model.eval()
+    torch.manual_seed(0)
+    latents, used = [], []
+    for index in torch.arange(min(1024, len(images)), device=device).split(64):
+        mu, logvar, _ = model.encode(take(images, index, device), conditions[index, 0])
+        latents.append(gaussian_sample(mu, logvar))
+        used.append(model.standardise(conditions[index, 0]))
+    prior = fit_gaussian(torch.cat(used).cpu(), torch.cat(latents).cpu(), strength=0.3)
+    return {name: part.to(device) for name, part in prior.items()}
+
+
 def learning_rate(step, total, peak):
     """Linear warm-up, then a cosine down to zero (SGDR's first arc, arXiv 1608.03983)."""
     if step < WARM_UP:
@@ -971,7 +1000,7 @@ def save_curves(path, history):
     plt.close(figure)
 
 
-def save_progress(path, model, data, prior, config, device):
+def save_progress(path, model, data, prior, latent_prior, config, device):
     """After every epoch: the same held-out photographs reconstructed, the same captions sampled."""
     chosen = data["held_out"].nonzero()[:8, 0]                                          # (8,)
     x = pool_images(data["images"][chosen], config["size"]).to(device) / 255
@@ -983,7 +1012,7 @@ def save_progress(path, model, data, prior, config, device):
     for number in chosen[:3].tolist():
         torch.manual_seed(0)
         text = data["caption_embeddings"][number, :1].expand(8, -1)                     # (8, D)
-        rows.append(model.generate(text_conditions(text, prior).to(device)))
+        rows.append(model.generate(text_conditions(text, prior).to(device), latent_prior))
         labels.append(data["captions"][number][0])
     save_grid(path, rows, labels)
 
@@ -1049,13 +1078,13 @@ def train(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=device.type == "cuda")
     objective = OBJECTIVES[config["objective"]]
-    step, running, best, history = 0, 0.0, math.inf, []
+    step, running, best, history, latent_prior = 0, 0.0, math.inf, [], None
     if args.resume:
         model.load_state_dict(checkpoint["model"])
         average.load_state_dict(checkpoint["average"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, running, best, history, prior = (
-            checkpoint[name] for name in ("step", "running", "best", "history", "prior"))
+        step, running, best, history, prior, latent_prior = (checkpoint[name] for name in (
+            "step", "running", "best", "history", "prior", "latent_prior"))
     elif config["condition"] == "image":
         prior = fit_prior(data)
         print(f"prior: cosine of held-out captions with their photographs {prior['cosine_without']:.3f}, "
@@ -1065,7 +1094,7 @@ def train(args):
 
     def save_checkpoint(name):
         content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "prior": prior,
-                   "average": average.state_dict(), "history": history}
+                   "latent_prior": latent_prior, "average": average.state_dict(), "history": history}
         if name == "last.pt":  # what resuming needs, and sampling does not
             content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                         "running": float(running), "best": best}
@@ -1091,6 +1120,7 @@ def train(args):
             mark, marked = time.perf_counter(), step
             while step < (epoch + 1) * epoch_steps:
                 torch.manual_seed(config["seed"] * 1_000_003 + step)
+                model.awake.fill_(step >= float(os.environ.get("ASLEEP","0.5")) * total)
                 index = order[step % epoch_steps * batch:][:batch]
                 x = take(images, index, device)                                        # (n, 3, S, S)
                 # one of the captions, drawn anew at every visit (with image embeddings: the only one)
@@ -1125,6 +1155,7 @@ def train(args):
             figures = evaluate_elbo(average, held_images, held_conditions, device, objective)
             must_be_finite(figures["bpd"])
             history.append({"train_loss": mean_loss, **figures})
+            latent_prior = fit_latent_prior(average, images, conditions, device)
             running = 0.0
             if figures["held_out_loss"] < best:
                 best = figures["held_out_loss"]
@@ -1133,7 +1164,7 @@ def train(args):
             print(f"epoch {epoch + 1}: training loss {mean_loss:.3f}, held-out {figures['held_out_loss']:.3f}, "
                   f"{figures['bpd']:.3f} bits/dim, KL {figures['kl']:.0f} nats, PSNR {figures['psnr']:.1f} dB")
             save_curves(run / "loss.png", history)
-            save_progress(run / "epoch.png", average, data, prior, config, device)
+            save_progress(run / "epoch.png", average, data, prior, latent_prior, config, device)
     finally:
         signal.signal(signal.SIGINT, previous_handler)
     work = arithmetic_per_image(model, x[:2], conditions[:2, 0])
@@ -1163,9 +1194,9 @@ def load_clip_of(config, device, name=None):
     return clip_model
 
 
-def text_conditions(texts, prior, temperature=1.0):
+def text_conditions(texts, prior):
     """Caption embeddings (N, D) -> conditions (N, D): through the prior, if there is one to cross."""
-    return apply_prior(prior, texts, temperature) if prior else texts
+    return F.normalize(draw_gaussian(prior, texts), dim=-1) if prior else texts
 
 
 def guide(model, condition, guidance):
@@ -1216,7 +1247,8 @@ def sample(args):
     config, prior = checkpoint["config"], None if args.no_prior else checkpoint["prior"]
     clip_model = load_clip_of(config, device, args.clip)
     check_prompts(args.prompts, clip_model.context_length)
-    prior = prior and {name: part.to(device) for name, part in prior.items() if torch.is_tensor(part)}
+    prior, latent_prior = (bridge and {name: part.to(device) for name, part in bridge.items() if torch.is_tensor(part)}
+                           for bridge in (prior, checkpoint["latent_prior"]))
     targets = []  # one per row: what to draw, as an embedding (1, D)
     if args.image:
         try:
@@ -1234,15 +1266,15 @@ def sample(args):
         # the same noise in every column, so that only the condition changes from left to right
         for text in tqdm(slerp(*embeddings, args.n), desc="sampling", leave=False):
             torch.manual_seed(args.seed)
-            condition = guide(model, text_conditions(text[None], prior, args.temperature), args.guidance)
-            rows.append(model.generate(condition, args.temperature))
+            condition = guide(model, text_conditions(text[None], prior), args.guidance)
+            rows.append(model.generate(condition, latent_prior, args.temperature))
         rows, labels = [torch.cat(rows)], [" → ".join(args.prompts)]
     else:
         count = max(args.n, args.rerank)
         for label, target, bridge in tqdm(targets, desc="sampling", leave=False):
             torch.manual_seed(args.seed)  # anew for each row: a prompt's row does not depend on its neighbours
-            condition = text_conditions(target.expand(count, -1), bridge, args.temperature)
-            pictures = torch.cat([model.generate(part, args.temperature)
+            condition = text_conditions(target.expand(count, -1), bridge)
+            pictures = torch.cat([model.generate(part, latent_prior, args.temperature)
                                   for part in guide(model, condition, args.guidance).split(64)])
             if args.rerank:  # keep those that CLIP finds closest to what was asked, as DALL-E did
                 scores = encode_images(clip_model, pictures) @ target[0]
@@ -1252,6 +1284,230 @@ def sample(args):
     path = sample_path(args.out, " ".join(labels))
     save_grid(path, rows, labels)
     print(path)
+
+
+# %% 8. A toy world ---------------------------------------------------------------------------------
+# Everything above, for those without COCO, CLIP's weights or a GPU: pastures drawn with a few ellipses,
+# written as a COCO folder, and a miniature CLIP trained on them, written as a CLIP weights file. From
+# there on `demo` calls the same prepare, train, sample and evaluate as everyone else. Because we know
+# what we drew, the toy world is also where the method can be measured best.
+
+SUBJECTS = {"sheep": ("a sheep", "two sheep", "three sheep"), "cow": ("a cow", "two cows", "three cows"),
+            "horse": ("a horse", "two horses", "three horses")}
+GROUNDS = {"grass": ("on green grass", "in a meadow"), "snow": ("in the snow", "on a snowy field"),
+           "field": ("on a bare field", "on brown earth")}
+SKIES = {"blue": ("under a blue sky", "on a sunny day"), "grey": ("under a grey sky", "on a cloudy day"),
+         "sunset": ("at sunset", "under a red evening sky"), "night": ("at night", "under the stars")}
+RELIEFS = {"hills": ("with hills behind", "below a hill"), "mountains": ("in front of mountains", "in the mountains")}
+# never drawn, neither for CLIP nor for the CVAE: what the model makes of these, it composed by itself
+UNSEEN = [("cow", "snow", "sunset"), ("sheep", "field", "night"), ("horse", "grass", "grey"), ("sheep", "snow", "blue")]
+SKY_COLOURS = {"blue": ((60, 130, 225), (175, 215, 245)), "grey": ((135, 140, 146), (190, 193, 196)),
+               "sunset": ((120, 70, 130), (255, 160, 70)), "night": ((8, 12, 40), (38, 48, 100))}  # top, horizon
+GROUND_COLOURS = {"grass": (84, 158, 52), "snow": (236, 241, 249), "field": (156, 108, 62)}
+LIGHT = {"blue": (1, 1, 1), "grey": (0.9, 0.9, 0.92), "sunset": (1, 0.86, 0.78), "night": (0.56, 0.6, 0.72)}
+TOY_IMAGES = 3000
+
+
+def draw_animal(draw, kind, x, y, width, facing, light):
+    """Draw a sheep, a cow or a horse that stands at (x, y), `width` pixels long, facing -1 or 1."""
+
+    def shade(red, green, blue):
+        return tuple(int(value * factor) for value, factor in zip((red, green, blue), light))
+
+    def ellipse(cx, cy, rx, ry, colour):  # in units of the width, from where the animal stands
+        cx, cy = x + facing * cx * width, y + cy * width
+        draw.ellipse((cx - rx * width, cy - ry * width, cx + rx * width, cy + ry * width), fill=colour)
+
+    def polygon(points, colour):
+        draw.polygon([(x + facing * px * width, y + py * width) for px, py in points], fill=colour)
+
+    coat, dark, pale = {
+        "sheep": (shade(246, 240, 222), shade(30, 28, 28), shade(225, 216, 196)),
+        "cow": (shade(158, 72, 36), shade(110, 48, 24), shade(250, 246, 238)),
+        "horse": (shade(44, 34, 32), shade(20, 16, 16), shade(90, 74, 66)),
+    }[kind]
+    leg_top = {"sheep": -0.3, "cow": -0.34, "horse": -0.46}[kind]
+    for leg in (-0.3, -0.17, 0.17, 0.3):
+        polygon([(leg - 0.04, leg_top), (leg + 0.04, leg_top), (leg + 0.035, 0), (leg - 0.035, 0)], dark)
+    if kind == "sheep":
+        for cx, cy in ((-0.28, -0.38), (-0.12, -0.46), (0.08, -0.47), (0.24, -0.4), (-0.2, -0.3), (0.0, -0.3), (0.18, -0.3)):
+            ellipse(cx, cy, 0.19, 0.16, coat)
+        ellipse(0.0, -0.36, 0.34, 0.18, coat)
+        ellipse(-0.08, -0.3, 0.2, 0.07, pale)
+        ellipse(0.43, -0.47, 0.1, 0.13, dark)
+        ellipse(0.36, -0.56, 0.08, 0.04, dark)
+        ellipse(0.36, -0.6, 0.08, 0.06, coat)
+    elif kind == "cow":
+        ellipse(0.0, -0.44, 0.4, 0.19, coat)
+        polygon([(-0.36, -0.56), (0.34, -0.58), (0.36, -0.34), (-0.36, -0.32)], coat)
+        ellipse(-0.18, -0.5, 0.12, 0.1, pale)
+        ellipse(0.12, -0.4, 0.1, 0.08, pale)
+        polygon([(-0.39, -0.52), (-0.43, -0.5), (-0.44, -0.18), (-0.41, -0.18)], dark)
+        polygon([(0.26, -0.6), (0.42, -0.68), (0.46, -0.5), (0.3, -0.4)], coat)
+        ellipse(0.46, -0.56, 0.1, 0.12, coat)
+        ellipse(0.5, -0.48, 0.07, 0.06, pale)
+        polygon([(0.38, -0.66), (0.36, -0.78), (0.43, -0.67)], pale)
+        polygon([(0.47, -0.66), (0.52, -0.77), (0.52, -0.64)], pale)
+    else:
+        ellipse(0.0, -0.56, 0.36, 0.16, coat)
+        polygon([(0.18, -0.6), (0.36, -0.98), (0.48, -0.9), (0.34, -0.48)], coat)
+        polygon([(0.12, -0.66), (0.32, -1.0), (0.38, -0.98), (0.24, -0.6)], dark)
+        polygon([(0.34, -0.98), (0.44, -1.0), (0.62, -0.8), (0.56, -0.72), (0.4, -0.84)], coat)
+        polygon([(0.36, -0.98), (0.38, -1.08), (0.42, -0.98)], dark)
+        polygon([(-0.32, -0.64), (-0.46, -0.56), (-0.48, -0.22), (-0.38, -0.3)], dark)
+
+
+def draw_pasture(scene, seed):
+    """Draw a scene (animal, ground, sky, relief, count, side): a PIL image of 128 pixels.
+
+    The scene fixes what a caption can say; the seed settles the rest: the skyline, clouds, stars, sizes,
+    places. Drawn at twice the size, then halved, so that edges are smooth.
+    """
+    animal, ground, sky, relief, count, side = scene
+    dice, full = random.Random(seed), 2 * SIZE
+    light = LIGHT[sky]
+    top, bottom = np.array(SKY_COLOURS[sky], dtype=float)
+    horizon = dice.uniform(0.45, 0.48) * full
+    variant = dice.choice((0.0, 0.33, 0.67))  # of three skylines
+    blend = np.clip(np.arange(full) / horizon, 0, 1)[:, None, None]
+    rows = (top * (1 - blend) + bottom * blend).repeat(full, axis=1)               # (256, 256, 3)
+    picture = Image.fromarray(rows.astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+
+    def shade(colour, factor=1.0):
+        return tuple(min(255, int(value * tint * factor)) for value, tint in zip(colour, light))
+
+    if sky == "night":
+        for number in range(16):  # the same stars every night
+            x, y, r = full * (number * 0.618 % 1), full * (0.03 + number * 0.377 % 0.33), 1.5
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=(235, 235, 215))
+    if sky in ("night", "sunset"):  # a moon, or a low sun
+        x, r = dice.choice((0.2, 0.5, 0.8)) * full, 0.07 * full
+        y = 0.16 * full if sky == "night" else horizon - 0.16 * full
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=(245, 240, 210) if sky == "night" else (255, 225, 120))
+    else:
+        cloud = (250, 251, 253) if sky == "blue" else (172, 175, 180)
+        shift = dice.choice((0.0, 0.3, 0.6))
+        for place, height, size in ((0.15, 0.13, 0.08), (0.6, 0.2, 0.07)):
+            x, y, r = (place + shift) % 1 * full, height * full, size * full
+            for dx, dy in ((-1.2, 0.3), (0, 0), (1.1, 0.35)):
+                draw.ellipse((x + (dx - 1) * r, y + (dy - 0.6) * r, x + (dx + 1) * r, y + (dy + 0.6) * r), fill=cloud)
+    earth = GROUND_COLOURS[ground]
+    if relief == "mountains":
+        for place, height in ((0.1, 0.2), (0.75, 0.18), (0.4, 0.26)):
+            x, height = (place + variant) % 1 * full, height * full
+            peak, half = horizon - height, 1.2 * height
+            draw.polygon([(x - half, horizon + 4), (x, peak), (x + half, horizon + 4)], fill=shade((106, 112, 132)))
+            draw.polygon([(x - 0.3 * half, peak + 0.3 * height), (x, peak), (x + 0.3 * half, peak + 0.3 * height),
+                          (x, peak + 0.22 * height)], fill=shade((240, 243, 248)))
+    else:
+        for layer, factor in ((0.09, 0.72), (0.04, 0.84)):
+            phase = 6.3 * (variant + 5 * layer)
+            line = [(x, horizon - layer * full * (1 + 0.8 * math.sin(phase + 9 * x / full)))
+                    for x in range(0, full + 8, 8)]
+            draw.polygon([*line, (full, full), (0, full)], fill=shade(earth, factor))
+    draw.rectangle((0, horizon, full, full), fill=shade(earth))
+    width = (0.56, 0.44, 0.34)[count - 1] * full
+    places = {1: [0.32 if side == "left" else 0.68], 2: [0.26, 0.74], 3: [0.18, 0.5, 0.82]}[count]
+    for place in places:
+        x, y = (place + dice.uniform(-0.015, 0.015)) * full, dice.uniform(0.87, 0.9) * full
+        draw_animal(draw, animal, x, y, width, 1 if side == "left" else -1, light)
+    return picture.resize((SIZE, SIZE), Image.BOX)
+
+
+def caption_pasture(scene, dice):
+    """Five captions of a scene, the first one the shortest full description."""
+    animal, ground, sky, relief, count, side = scene
+    subject = SUBJECTS[animal][count - 1]
+    grounds, skies, reliefs = (dice.sample(words[key], 2) for words, key in
+                               ((GROUNDS, ground), (SKIES, sky), (RELIEFS, relief)))
+    where = f"on the {side}" if count == 1 else "side by side"
+    return [f"{subject} {GROUNDS[ground][0]} {SKIES[sky][0]}",
+            f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
+            f"{subject} {skies[1]}, {where}, {grounds[1]}",
+            f"{subject} {grounds[0]} {reliefs[1]}",
+            f"{skies[0]}, {subject} {grounds[1]}"]
+
+
+def random_scene(dice):
+    """A scene whose combination of animal, ground and sky is not one of the unseen."""
+    while True:
+        scene = [dice.choice(list(options)) for options in (SUBJECTS, GROUNDS, SKIES, RELIEFS)]
+        if tuple(scene[:3]) not in UNSEEN:
+            return *scene, dice.randint(1, 3), dice.choice(("left", "right"))
+
+
+def draw_toy_world(root):
+    """Write the toy world as a COCO folder: root/toy/*.jpg and root/annotations/captions_toy.json."""
+    dice = random.Random(0)
+    (root / "toy").mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for number in tqdm(range(TOY_IMAGES), desc="drawing pastures", unit="img"):
+        scene = random_scene(dice)
+        name = f"{number:012}.jpg"
+        with atomic(root / "toy" / name) as temporary:
+            draw_pasture(scene, seed=number).save(temporary, quality=95)
+        images.append({"id": number, "file_name": name, "width": SIZE, "height": SIZE})
+        annotations += [{"image_id": number, "caption": text} for text in caption_pasture(scene, dice)]
+    with atomic(root / "annotations/captions_toy.json") as temporary:  # last: it says that all is drawn
+        temporary.write_text(json.dumps({"images": images, "annotations": annotations}))
+
+
+def train_toy_clip(root, path, steps=600, batch=128):
+    """Train a miniature CLIP on the toy world, with CLIP's own loss; save it for clip.load."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import clip
+        from clip.model import CLIP
+    photographs = read_captions(root / "annotations/captions_toy.json", SUBJECTS)
+    _, pixels, _ = decode_batch([root / "toy" / p["file_name"] for p in photographs], 48)
+    pixels = (pixels / 255 - CLIP_MEAN) / CLIP_STD                                     # (N, 3, 48, 48)
+    texts = [caption for p in photographs for caption in p["captions"]]
+    tokens = clip.tokenize(texts, 24).view(len(photographs), CAPTIONS, 24)             # (N, 5, 24)
+    torch.manual_seed(0)
+    model = CLIP(embed_dim=32, image_resolution=48, vision_layers=2, vision_width=64, vision_patch_size=8,
+                 context_length=24, vocab_size=49408, transformer_width=64, transformer_heads=1,
+                 transformer_layers=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    with tqdm(range(steps), desc="training a miniature CLIP") as bar:
+        for step in bar:
+            index = torch.randint(len(pixels), (batch,))
+            captions = tokens[index, torch.randint(CAPTIONS, (batch,))]
+            # every picture against every caption of the batch: the pairs are on the diagonal
+            logits, _ = model(pixels[index], captions)                                 # (n, n)
+            target = torch.arange(batch)
+            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    with atomic(path) as temporary:
+        torch.save(model.state_dict(), temporary)
+
+
+DEMO_PROMPTS = ["a sheep on green grass under a blue sky", "two cows in the snow under a grey sky",
+                "a horse on a bare field at sunset", "three sheep on green grass at night",
+                "a cow on a bare field under a blue sky", "a horse in the snow at night",
+                "two horses on green grass at sunset", "a cow in the snow at sunset"]  # the last is unseen
+
+
+def demo(args):
+    """The whole tutorial on drawn pastures: each step is a command that you could type yourself."""
+    root = Path("data/toy")
+    if not (root / "annotations/captions_toy.json").exists():
+        draw_toy_world(root)
+    if not (root / "clip.pt").exists():
+        train_toy_clip(root, root / "clip.pt")
+    for line in (f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt",
+                 f"train --data data/toy.pt --epochs {args.epochs}",
+                 f"sample -n 4 {shlex.join(DEMO_PROMPTS)}",
+                 "evaluate"):
+        print(f"\n$ python cvae.py {line}")
+        step = parse_arguments(shlex.split(line))
+        step.function(step)
 
 
 # %% 9. The command line ----------------------------------------------------------------------------
@@ -1323,6 +1579,9 @@ def parse_arguments(argv=None):
     p.add_argument("--checkpoint", metavar="FILE", help="checkpoint or run folder (default: the newest run)")
     p.add_argument("--clip", help="the run's CLIP, if its file has moved")
     p.add_argument("--out", default="samples", metavar="DIR", help="folder for the picture")
+
+    p = command(demo, "a toy world from drawing to sampling: no download, no GPU, five minutes")
+    p.add_argument("--epochs", type=between(int, 1, 1000), default=10, help="fewer is quicker and worse")
     return parser.parse_args(argv)
 
 
