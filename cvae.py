@@ -370,13 +370,15 @@ def clip_fingerprint(model):
 @torch.no_grad()
 def encode_images(model, images):
     """Embed pictures with CLIP: uint8 or [0, 1] float (N, 3, H, H) -> unit vectors (N, D)."""
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-    resolution = model.visual.input_resolution
-    if pixels.shape[-1] != resolution:
-        pixels = F.interpolate(pixels, (resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
-    # CLIP was trained on pixels normalised by these constants; the report fed it raw [0, 1] values
-    pixels = (pixels - CLIP_MEAN.to(pixels.device)) / CLIP_STD.to(pixels.device)
-    return F.normalize(model.encode_image(pixels).float(), dim=-1)
+    resolution, embeddings = model.visual.input_resolution, []
+    for part in images.split(64):
+        pixels = part.float() / 255 if part.dtype == torch.uint8 else part
+        if pixels.shape[-1] != resolution:
+            pixels = F.interpolate(pixels, (resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
+        # CLIP was trained on pixels normalised by these constants; the report fed it raw [0, 1] values
+        pixels = (pixels - CLIP_MEAN.to(pixels.device)) / CLIP_STD.to(pixels.device)
+        embeddings.append(F.normalize(model.encode_image(pixels).float(), dim=-1))
+    return torch.cat(embeddings)
 
 
 @torch.no_grad()
@@ -484,56 +486,64 @@ def prepare(args):
 # The gap. CLIP pulls pairs together, but only relative to mismatches: images and captions end up in two
 # separate narrow cones ("Mind the gap", Liang et al. 2022, arXiv 2203.02053). A decoder trained on image
 # embeddings has never seen anything like a caption's. unCLIP (arXiv 2204.06125) crosses the gap with a
-# learned prior p(image embedding | caption); the smallest honest one is a Gaussian around a line:
+# learned prior p(image embedding | caption). The smallest honest one is a line, W t + b, found by ridge
+# regression in closed form. But a caption does not fix the picture, so a line is only its mean: what the
+# regression could not explain is drawn from what it failed to explain for similar captions,
 #
-#     c | t  ~  N(W t + b, S)
+#     c = W t + b + r,      r the residual of one of the training pairs nearest to t
 #
-# W and b by ridge regression in closed form, S the covariance of what the regression can't explain (a
-# caption does not fix the picture: drawing from S is part of why samples of one prompt differ).
+# (a residual bootstrap, local like k nearest neighbours). No distribution has to be assumed: where
+# residuals come in two kinds, so do the draws, and half-way between two kinds is never drawn.
+
+NEIGHBOURS = 16     # training pairs that a residual is drawn from
+STORED_PAIRS = 2048  # pairs kept for that, spread over the training set
 
 
-def fit_gaussian(x, y, strength):
-    """The Gaussian y | x ~ N(x W + b, S) by ridge regression, in closed form: x (N, A), y (N, B).
+def fit_conditional(x, y, strength):
+    """Fit p(y | x) from pairs: x (N, A) unit vectors, y (N, B), ridge strength.
 
-    Returns weight (A, B), bias (B,) and noise (B, B), a square root of S: noise noiseᵀ = S.
+    Returns the dict that draw_conditional needs: weight (A, B), bias (B,), keys (M, A), residuals (M, B).
     """
     x_mean, y_mean = x.mean(0), y.mean(0)
     covariance = (x - x_mean).T @ (x - x_mean) / len(x)                                 # (A, A)
     # W = argmin |y - x W|² + ridge |W|²  =  (XᵀX + ridge I)⁻¹ XᵀY
-    ridge = strength * covariance.diagonal().mean() * torch.eye(len(covariance))
+    ridge = strength * covariance.diagonal().mean() * torch.eye(len(covariance), device=x.device)
     weight = torch.linalg.solve(covariance + ridge, (x - x_mean).T @ (y - y_mean) / len(x))
     bias = y_mean - x_mean @ weight
-    residual = y - (x @ weight + bias)
-    # a square root from the eigenvalues, which unlike Cholesky's bears a singular S
-    variances, axes = torch.linalg.eigh(residual.T @ residual / len(residual))          # (B,), (B, B)
-    return {"weight": weight, "bias": bias, "noise": axes * variances.clamp(min=0).sqrt()}
+    stored = torch.linspace(0, len(x) - 1, min(len(x), STORED_PAIRS), device=x.device).long()
+    return {"weight": weight, "bias": bias, "keys": x[stored], "residuals": (y - x @ weight - bias)[stored]}
 
 
-def draw_gaussian(gaussian, x, temperature=1.0):
-    """Draw y | x: (N, A) -> (N, B). Temperature scales the noise; 0 gives the mean."""
-    mean = x @ gaussian["weight"] + gaussian["bias"]
-    return mean + temperature * torch.randn_like(mean) @ gaussian["noise"].T
+def draw_conditional(conditional, x, temperature=1.0, near=None):
+    """Draw y | x: (N, A) -> (N, B). Temperature scales the residual; 0 gives the mean.
+
+    near (N, A): whose neighbours lend their residuals, if not those of x.
+    """
+    likeness = (x if near is None else near) @ conditional["keys"].T                    # (N, M)
+    nearest = likeness.topk(min(NEIGHBOURS, likeness.shape[1])).indices                 # (N, 16)
+    chosen = nearest.gather(1, torch.randint(nearest.shape[1], (len(x), 1), device=x.device))[:, 0]
+    return x @ conditional["weight"] + conditional["bias"] + temperature * conditional["residuals"][chosen]
 
 
 def fit_prior(data):
     """Fit p(image embedding | caption) on the training pairs; choose its strength on the held-out ones.
 
-    Returns fit_gaussian's dict, with the mean cosine between held-out photographs and their captions
-    as "cosine" (through the prior's mean) and "cosine_without".
+    Returns fit_conditional's dict, and the mean cosine of held-out photographs with their captions as
+    they are and with the prior's mean.
     """
     train, held = ~data["held_out"], data["held_out"]
-    texts, images = data["caption_embeddings"], data["image_embeddings"]
-    x = texts[train].flatten(0, 1)                        # (5N, D): every caption makes a pair
-    y = images[train].repeat_interleave(CAPTIONS, 0)      # (5N, D)
-    best = None
+    x = data["caption_embeddings"][train].flatten(0, 1)                                 # (5N, D), a pair each
+    y = data["image_embeddings"][train].repeat_interleave(CAPTIONS, 0)                  # (5N, D)
+    texts = data["caption_embeddings"][held].flatten(0, 1)                              # (5M, D)
+    images = data["image_embeddings"][held].repeat_interleave(CAPTIONS, 0)              # (5M, D)
+    best, best_cosine = None, -math.inf
     for strength in torch.logspace(-5, 1, 13):
-        prior = fit_gaussian(x, y, strength)
-        predicted = F.normalize(draw_gaussian(prior, texts[held], temperature=0), dim=-1)  # (M, 5, D)
-        prior["cosine"] = (predicted * images[held][:, None]).sum(-1).mean().item()
-        if best is None or prior["cosine"] > best["cosine"]:
-            best = prior
-    best["cosine_without"] = (texts[held] * images[held][:, None]).sum(-1).mean().item()
-    return best
+        prior = fit_conditional(x, y, strength)
+        predicted = F.normalize(draw_conditional(prior, texts, temperature=0), dim=-1)
+        cosine = (predicted * images).sum(-1).mean().item()
+        if cosine > best_cosine:
+            best, best_cosine = prior, cosine
+    return best, (texts * images).sum(-1).mean().item(), best_cosine
 
 
 # %% 3. The model -----------------------------------------------------------------------------------
@@ -695,10 +705,17 @@ class CVAE(nn.Module):
         return picture, torch.stack([gaussian_kl(mu, logvar, zero, zero), *kls], dim=1)
 
     @torch.no_grad()
-    def generate(self, condition, latent_prior, temperature=1.0, given=()):
-        """Draw pictures: condition (N, D) -> (N, 3, S, S). Temperature scales the noise of the levels."""
-        z = draw_gaussian(latent_prior, self.standardise(condition))                   # (N, 128)
-        return self.decode(z, condition, given=given, temperature=temperature)[0]
+    def generate(self, condition, latent_prior, temperature=1.0, near=None):
+        """Draw pictures: condition (N, D) -> (N, 3, S, S), z_0 from latent_prior, the ladder from its own.
+
+        Temperature scales the ladder's noise, not z_0's: z_0 decides what stands where, and half a
+        decision is a ghost.
+        """
+        pictures = []
+        for part in condition.split(64):  # few enough at a time for any memory
+            z = draw_conditional(latent_prior, part, near=near)                         # (n, 128)
+            pictures.append(self.decode(z, part, temperature=temperature)[0])
+        return torch.cat(pictures)
 
 
 class ReportCVAE(CVAE):
@@ -827,6 +844,13 @@ OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 # configuration, and resuming needs no more than weights, optimiser state and n.
 
 CHECKPOINT_VERSION = 1
+# The ladder sleeps at first. Left to itself it learns from the bottom: fine levels can copy a picture
+# detail by detail, so they do, and z_0 and the condition are left with nothing to say. Reconstructions are
+# then superb and samples are fog. So in the first half of the training only z_0 counts (a flat VAE), and it
+# learns what stands where; then the levels wake and add what z_0 can't hold. (The ladder VAE warms up
+# its KL for the same reason, Sonderby et al. 2016.)
+ASLEEP = 0.5  # of all steps
+
 WARM_UP = 50  # steps: the learning rate rises over these, and throughput is measured after them
 
 
@@ -900,22 +924,21 @@ def evaluate_elbo(model, images, conditions, device, objective=elbo_loss):
 
 @torch.no_grad()
 def fit_latent_prior(model, images, conditions, device):
-    """Fit p(z_0 | c) to what the encoder does with (up to 1,024) training pictures: fit_gaussian's dict.
+    """Fit p(z_0 | c) to what the encoder does with (up to 1,024) training pictures: fit_conditional's dict.
 
     Training pulls every q(z_0 | x, c) towards N(0, I), but their mixture over all pictures stays
     off-centre, correlated, and dependent on c. Draws of N(0, I) land where no picture ever was, and
-    the decoder answers with grey mush. The best prior is that mixture ("VampPrior", Tomczak & Welling
-    2018, arXiv 1705.07120); a Gaussian around a line, as in section 2, is near enough.
+    the decoder answers with grey mush. The best prior is that mixture itself ("VampPrior", Tomczak &
+    Welling 2018, arXiv 1705.07120; "Exemplar VAE", Norouzi et al. 2020, arXiv 2004.04795). Ours is
+    section 2's line through it, with residuals of pictures whose conditions are alike.
     """
     model.eval()
     torch.manual_seed(0)
-    latents, used = [], []
-    for index in torch.arange(min(1024, len(images)), device=device).split(64):
-        mu, logvar, _ = model.encode(take(images, index, device), conditions[index, 0])
+    latents, used = [], conditions[:1024, 0]                                            # (n, D)
+    for index in torch.arange(len(used), device=device).split(64):
+        mu, logvar, _ = model.encode(take(images, index, device), used[index])
         latents.append(gaussian_sample(mu, logvar))
-        used.append(model.standardise(conditions[index, 0]))
-    prior = fit_gaussian(torch.cat(used).cpu(), torch.cat(latents).cpu(), strength=0.3)
-    return {name: part.to(device) for name, part in prior.items()}
+    return fit_conditional(used, torch.cat(latents), strength=0.3)
 
 
 def learning_rate(step, total, peak):
@@ -1012,7 +1035,7 @@ def save_progress(path, model, data, prior, latent_prior, config, device):
     for number in chosen[:3].tolist():
         torch.manual_seed(0)
         text = data["caption_embeddings"][number, :1].expand(8, -1)                     # (8, D)
-        rows.append(model.generate(text_conditions(text, prior).to(device), latent_prior))
+        rows.append(model.generate(text_conditions(text, prior).to(device), latent_prior, TEMPERATURE))
         labels.append(data["captions"][number][0])
     save_grid(path, rows, labels)
 
@@ -1086,9 +1109,9 @@ def train(args):
         step, running, best, history, prior, latent_prior = (checkpoint[name] for name in (
             "step", "running", "best", "history", "prior", "latent_prior"))
     elif config["condition"] == "image":
-        prior = fit_prior(data)
-        print(f"prior: cosine of held-out captions with their photographs {prior['cosine_without']:.3f}, "
-              f"through the prior {prior['cosine']:.3f}")
+        prior, cosine_without, cosine = fit_prior(data)
+        print(f"prior: cosine of held-out captions with their photographs {cosine_without:.3f}, "
+              f"through the prior {cosine:.3f}")
     else:
         prior = None  # a model conditioned on captions needs no bridge
 
@@ -1120,7 +1143,7 @@ def train(args):
             mark, marked = time.perf_counter(), step
             while step < (epoch + 1) * epoch_steps:
                 torch.manual_seed(config["seed"] * 1_000_003 + step)
-                model.awake.fill_(step >= float(os.environ.get("ASLEEP","0.5")) * total)
+                model.awake.fill_(step >= ASLEEP * total)
                 index = order[step % epoch_steps * batch:][:batch]
                 x = take(images, index, device)                                        # (n, 3, S, S)
                 # one of the captions, drawn anew at every visit (with image embeddings: the only one)
@@ -1177,12 +1200,20 @@ def train(args):
 # ladder draws: z_0, each level's latents, and the picture is the mean of p(x | z, c).
 
 
+def checkpoint_path(name):
+    """The checkpoint that the user named, by its file or its run folder; by default the newest run's best."""
+    path = Path(name) if name else newest_run("best.pt")
+    return path / "best.pt" if path.is_dir() else path
+
+
 def load_model(path, device):
-    """A trained model with its averaged weights, ready to sample: model, checkpoint."""
+    """A trained model, ready to sample: model (averaged weights), its configuration, its two priors."""
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint["config"])
     model.load_state_dict(checkpoint["average"])
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+    priors = [gaussian and {name: part.to(device) for name, part in gaussian.items()}
+              for gaussian in (checkpoint["prior"], checkpoint["latent_prior"])]
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint["config"], *priors
 
 
 def load_clip_of(config, device, name=None):
@@ -1194,9 +1225,12 @@ def load_clip_of(config, device, name=None):
     return clip_model
 
 
-def text_conditions(texts, prior):
+TEMPERATURE = 0.6  # scales noise: 1 shows all the variety that the model believes in, mistakes included
+
+
+def text_conditions(texts, prior, temperature=TEMPERATURE):
     """Caption embeddings (N, D) -> conditions (N, D): through the prior, if there is one to cross."""
-    return F.normalize(draw_gaussian(prior, texts), dim=-1) if prior else texts
+    return F.normalize(draw_conditional(prior, texts, temperature), dim=-1) if prior else texts
 
 
 def guide(model, condition, guidance):
@@ -1208,8 +1242,9 @@ def guide(model, condition, guidance):
 
 
 def slerp(a, b, steps):
-    """Points on the great circle from unit vector a (D,) to b (D,): (steps, D) of length one."""
-    angle = torch.arccos((a @ b).clamp(-1, 1)).clamp(min=1e-4)
+    """Points on the arc from vector a (D,) to b (D,): (steps, D). Embeddings live on a sphere; a chord
+    would cut through its inside, where the model has never been."""
+    angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1)).clamp(min=1e-4)
     t = torch.linspace(0, 1, steps, device=a.device)[:, None]
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
@@ -1238,17 +1273,15 @@ def check_prompts(prompts, context_length):
 def sample(args):
     """Draw pictures for prompts (or from a photograph, or between two prompts); write a captioned grid."""
     device = pick_device()
-    run = Path(args.checkpoint) if args.checkpoint else newest_run("best.pt") / "best.pt"
-    model, checkpoint = load_model(run / "best.pt" if run.is_dir() else run, device)
+    model, config, prior, latent_prior = load_model(checkpoint_path(args.checkpoint), device)
     if not args.prompts and not args.image:
         raise Stop('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
     if args.interpolate and (len(args.prompts) != 2 or args.image):
         raise Stop("--interpolate goes from one prompt to another: give exactly two, and no --image.")
-    config, prior = checkpoint["config"], None if args.no_prior else checkpoint["prior"]
+    if args.no_prior:
+        prior = None
     clip_model = load_clip_of(config, device, args.clip)
     check_prompts(args.prompts, clip_model.context_length)
-    prior, latent_prior = (bridge and {name: part.to(device) for name, part in bridge.items() if torch.is_tensor(part)}
-                           for bridge in (prior, checkpoint["latent_prior"]))
     targets = []  # one per row: what to draw, as an embedding (1, D)
     if args.image:
         try:
@@ -1263,19 +1296,18 @@ def sample(args):
 
     rows, labels = [], []
     if args.interpolate:
-        # the same noise in every column, so that only the condition changes from left to right
-        for text in tqdm(slerp(*embeddings, args.n), desc="sampling", leave=False):
-            torch.manual_seed(args.seed)
-            condition = guide(model, text_conditions(text[None], prior), args.guidance)
-            rows.append(model.generate(condition, latent_prior, args.temperature))
+        torch.manual_seed(args.seed)
+        ends = guide(model, text_conditions(embeddings, prior, args.temperature), args.guidance)  # (2, D)
+        for condition in slerp(*ends, args.n):
+            torch.manual_seed(args.seed)  # the same noise in every column: only the condition changes
+            rows.append(model.generate(condition[None], latent_prior, args.temperature, near=ends.mean(0)[None]))
         rows, labels = [torch.cat(rows)], [" → ".join(args.prompts)]
     else:
         count = max(args.n, args.rerank)
         for label, target, bridge in tqdm(targets, desc="sampling", leave=False):
             torch.manual_seed(args.seed)  # anew for each row: a prompt's row does not depend on its neighbours
-            condition = text_conditions(target.expand(count, -1), bridge)
-            pictures = torch.cat([model.generate(part, latent_prior, args.temperature)
-                                  for part in guide(model, condition, args.guidance).split(64)])
+            condition = text_conditions(target.expand(count, -1), bridge, args.temperature)
+            pictures = model.generate(guide(model, condition, args.guidance), latent_prior, args.temperature)
             if args.rerank:  # keep those that CLIP finds closest to what was asked, as DALL-E did
                 scores = encode_images(clip_model, pictures) @ target[0]
                 pictures = pictures[scores.topk(args.n).indices]
@@ -1284,6 +1316,138 @@ def sample(args):
     path = sample_path(args.out, " ".join(labels))
     save_grid(path, rows, labels)
     print(path)
+
+
+# %% 7. Evaluation ----------------------------------------------------------------------------------
+# A loss says how well pictures are stored, not how well prompts are answered. unCLIP asked people three
+# questions; we ask CLIP the same ones, always about captions and photographs that were held out:
+#
+#     does the picture show the caption?   CLIP score, and R-precision: of 100 captions, is its own nearest?
+#     do samples of one caption differ?    mean distance between their CLIP embeddings
+#     do they look like photographs?       CMMD, a distance between two sets of embeddings
+#
+# Figures that CLIP gives need a yardstick, so real photographs answer the same questions beside them.
+
+
+def diversity(embeddings):
+    """Mean cosine distance over all pairs of unit vectors (N, D)."""
+    n = len(embeddings)
+    return ((1 - embeddings @ embeddings.T).sum() / (n * (n - 1))).item()
+
+
+def cmmd(a, b):
+    """CMMD (Jayasumana et al. 2024, arXiv 2401.09603) of two sets of unit vectors (N, D), (M, D).
+
+    1000 · MMD² with the kernel exp(-|u - v|² / 2σ²), σ = 10: zero if and only if the distributions agree.
+    """
+
+    def kernel(u, v):
+        return torch.exp(-torch.cdist(u.double(), v.double()).square() / (2 * 10**2)).mean()
+
+    return 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)).item()
+
+
+def hundred_captions(data):
+    """A hundred different held-out captions, or as many as there are: {caption: photograph's index}."""
+    chosen = {}
+    for k in range(CAPTIONS):  # everyone's first caption, then, if those are too few, their second, ...
+        for number in data["held_out"].nonzero()[:, 0].tolist():
+            if len(chosen) < 100:
+                chosen.setdefault(data["captions"][number][k], number)
+    return chosen
+
+
+def save_levels(path, model, x, condition, latent_prior):
+    """Show what each level holds: keep the upper levels' latents of photographs x, draw the rest anew."""
+    torch.manual_seed(0)
+    mu, _, features = model.encode(x, condition)
+    _, _, latents = model.decode(mu, condition, features)     # [(n, 4, 8, 8), (n, 4, 16, 16), ...]
+    rows, labels = [x], ["held-out photographs"]
+    for kept in range(len(latents) + 1):
+        rows.append(model.decode(mu, condition, given=latents[:kept])[0])
+        sides = [4] + [latent.shape[-1] for latent in latents]
+        labels.append(f"kept: the global latent{''.join(f', {side}x{side}' for side in sides[1:kept + 1])}")
+    rows.insert(1, model.generate(condition, latent_prior))
+    labels.insert(1, "kept: nothing but the condition")
+    save_grid(path, rows, labels)
+
+
+def caption_match(images, texts, own):
+    """CLIP score (100 · cosine) and R-precision of embedded pictures (N, D) whose caption is texts[own]."""
+    cosines = images @ texts.T                                                          # (N, captions)
+    score = 100 * cosines.gather(1, own[:, None]).mean().item()
+    return {"CLIP score": score, "R-precision": (cosines.argmax(1) == own).float().mean().item()}
+
+
+@torch.no_grad()
+def evaluate(args):
+    """Measure a run on held-out photographs and captions; print a table.
+
+    Writes evaluation.json, reconstructions.png and levels.png into the run's folder.
+    """
+    device = pick_device()
+    path = checkpoint_path(args.checkpoint)
+    model, config, prior, latent_prior = load_model(path, device)
+    data = load_data(config["data"])
+    if (data["clip_fingerprint"], len(data["images"])) != (config["clip_fingerprint"], config["photographs"]):
+        raise Stop(f"{config['data']} is not the data that {path} was trained on.")
+    clip_model = load_clip_of(config, device, args.clip)
+    held, size = data["held_out"], config["size"]
+    images = pool_images(data["images"][held], size).to(device)                         # uint8 (M, 3, S, S)
+    conditions = conditions_of(data, config["condition"])[held][:, 0].to(device)        # (M, D)
+    storage = evaluate_elbo(model, images, conditions, device)
+
+    # photographs are judged at the model's own size, or their sharpness would be what sets them apart
+    held_real = encode_images(clip_model, images)                                       # (M, D)
+    train_real = encode_images(clip_model, pool_images(data["images"][~held][:len(images)], size).to(device))
+    captions = hundred_captions(data)
+    texts = encode_texts(clip_model, list(captions))                                    # (100, D)
+    photographs = pool_images(data["images"][list(captions.values())], size).to(device)
+    table = {"photographs": caption_match(encode_images(clip_model, photographs), texts,
+                                          torch.arange(len(texts), device=device))}
+    table["photographs"]["diversity"] = diversity(held_real)  # of all; lower among those of one caption:
+    first = [data["captions"][number][0] for number in held.nonzero()[:, 0].tolist()]
+    same = torch.tensor([[a == b for b in first] for a in first], device=device).fill_diagonal_(False)
+    if same.any():
+        table["photographs"]["diversity"] = (1 - held_real @ held_real.T)[same].mean().item()
+    table["photographs"]["CMMD"] = cmmd(train_real, held_real)  # what a perfect model would get
+    # in the toy world we know what was never drawn: is a sample's nearest of all 36 prompts its own?
+    scenes = [(animal, ground, sky) for animal in SUBJECTS for ground in GROUNDS for sky in SKIES]
+    unseen = torch.tensor([scenes.index(scene) for scene in UNSEEN], device=device).repeat_interleave(8)
+    if data["split"] == "toy":
+        prompts = encode_texts(clip_model, [caption_scene(*scene) for scene in scenes])  # (36, D)
+        fresh = [centre_square(draw_pasture((*scenes[i], "hills", 1, "left"), TOY_IMAGES + seed), SIZE)
+                 for seed, i in enumerate(unseen.tolist())]
+        fresh = encode_images(clip_model, pool_images(torch.stack(fresh), size).to(device))
+        table["photographs"]["unseen"] = caption_match(fresh, prompts, unseen)["R-precision"]
+
+    for name, bridge in {"samples": prior, "samples, no prior": None}.items():
+        def draw(texts):
+            conditions = text_conditions(texts, bridge, args.temperature)
+            return encode_images(clip_model, model.generate(conditions, latent_prior, args.temperature))
+
+        torch.manual_seed(args.seed)
+        own = torch.arange(len(texts), device=device).repeat_interleave(8)              # eight of each caption
+        drawn = draw(texts[own])
+        table[name] = caption_match(drawn, texts, own)
+        table[name]["diversity"] = sum(map(diversity, drawn.split(8))) / len(texts)
+        table[name]["CMMD"] = cmmd(draw(data["caption_embeddings"][held][:, 0].to(device)), held_real)
+        if data["split"] == "toy":
+            table[name]["unseen"] = caption_match(draw(prompts[unseen]), prompts, unseen)["R-precision"]
+        if prior is None:
+            break  # conditioned on captions: there is no bridge to leave out
+
+    print(f"{path}, {len(images)} held-out photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats, "
+          f"PSNR {storage['psnr']:.1f} dB")
+    print(" " * 20 + "".join(f"{column:>13}" for column in table["samples"]))
+    for name, row in table.items():
+        print(f"{name:20}" + "".join(f"{value:13.3f}" for value in row.values()))
+    with atomic(path.parent / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps({"checkpoint": str(path), **storage, "table": table}, indent=2))
+    x, condition = take(images, torch.arange(min(8, len(images)), device=device), device), conditions[:8]
+    save_grid(path.parent / "reconstructions.png", [x, model(x, condition)[0]], ["held-out photographs", "reconstructions"])
+    save_levels(path.parent / "levels.png", model, x, condition, latent_prior)
+    print(f"Also in {path.parent}: evaluation.json, reconstructions.png, levels.png")
 
 
 # %% 8. A toy world ---------------------------------------------------------------------------------
@@ -1415,6 +1579,11 @@ def draw_pasture(scene, seed):
     return picture.resize((SIZE, SIZE), Image.BOX)
 
 
+def caption_scene(animal, ground, sky, count=1):
+    """The shortest full description of a scene."""
+    return f"{SUBJECTS[animal][count - 1]} {GROUNDS[ground][0]} {SKIES[sky][0]}"
+
+
 def caption_pasture(scene, dice):
     """Five captions of a scene, the first one the shortest full description."""
     animal, ground, sky, relief, count, side = scene
@@ -1422,7 +1591,7 @@ def caption_pasture(scene, dice):
     grounds, skies, reliefs = (dice.sample(words[key], 2) for words, key in
                                ((GROUNDS, ground), (SKIES, sky), (RELIEFS, relief)))
     where = f"on the {side}" if count == 1 else "side by side"
-    return [f"{subject} {GROUNDS[ground][0]} {SKIES[sky][0]}",
+    return [caption_scene(animal, ground, sky, count),
             f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
             f"{subject} {skies[1]}, {where}, {grounds[1]}",
             f"{subject} {grounds[0]} {reliefs[1]}",
@@ -1502,7 +1671,7 @@ def demo(args):
     if not (root / "clip.pt").exists():
         train_toy_clip(root, root / "clip.pt")
     for line in (f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt",
-                 f"train --data data/toy.pt --epochs {args.epochs}",
+                 f"train --data data/toy.pt --epochs {args.epochs} --batch 16 --dropout 0.1",
                  f"sample -n 4 {shlex.join(DEMO_PROMPTS)}",
                  "evaluate"):
         print(f"\n$ python cvae.py {line}")
@@ -1558,7 +1727,7 @@ def parse_arguments(argv=None):
     p.add_argument("--objective", choices=OBJECTIVES, default="elbo", help="the ELBO or the report's loss")
     p.add_argument("--epochs", type=between(int, 1, 100_000), default=25)
     p.add_argument("--batch", type=between(int, 1, 4096), default=32)
-    p.add_argument("--lr", type=between(float, 1e-7, 1), default=2e-3, help="peak learning rate")
+    p.add_argument("--lr", type=between(float, 1e-7, 1), default=3e-3, help="peak learning rate")
     p.add_argument("--seed", type=between(int, 0, 2**31 - 1), default=0)
     p.add_argument("--data", default=DATA, help="data file to read")
     p.add_argument("--run", metavar="DIR", help="run folder (default: a new one in runs/)")
@@ -1568,7 +1737,8 @@ def parse_arguments(argv=None):
     p.add_argument("prompts", nargs="*", metavar="PROMPT")
     p.add_argument("-n", type=between(int, 1, 64), default=8, help="pictures per prompt")
     p.add_argument("--seed", type=between(int, 0, 2**31 - 1), default=0)
-    p.add_argument("--temperature", type=between(float, 0, 2), default=1.0, help="scale of all noise")
+    p.add_argument("--temperature", type=between(float, 0, 2), default=TEMPERATURE,
+                   help="below 1 the samples are more typical, and more alike")
     p.add_argument("--guidance", type=between(float, 0, 10), default=1.0,
                    help="above 1, exaggerate what sets the prompt apart")
     p.add_argument("--rerank", type=between(int, 0, 4096), default=0, metavar="N",
@@ -1579,6 +1749,12 @@ def parse_arguments(argv=None):
     p.add_argument("--checkpoint", metavar="FILE", help="checkpoint or run folder (default: the newest run)")
     p.add_argument("--clip", help="the run's CLIP, if its file has moved")
     p.add_argument("--out", default="samples", metavar="DIR", help="folder for the picture")
+
+    p = command(evaluate, "measure a run on what was held out")
+    p.add_argument("--seed", type=between(int, 0, 2**31 - 1), default=0)
+    p.add_argument("--temperature", type=between(float, 0, 2), default=TEMPERATURE, help="as for sample")
+    p.add_argument("--checkpoint", metavar="FILE", help="checkpoint or run folder (default: the newest run)")
+    p.add_argument("--clip", help="the run's CLIP, if its file has moved")
 
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, five minutes")
     p.add_argument("--epochs", type=between(int, 1, 1000), default=10, help="fewer is quicker and worse")
