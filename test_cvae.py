@@ -1,0 +1,339 @@
+"""Tests of cvae.py: `python -m pytest` (offline, on the CPU, under three minutes).
+
+`-m slow` takes a CLIP of ViT-B/32's full size through clip.load; `-m bars` runs the whole demo and judges
+its pictures. An oracle is never cvae.py itself: torch.distributions, numpy, clip's own preprocessing,
+hand-picked captions, a server that misbehaves on purpose.
+"""
+import http.server
+import io
+import itertools
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import cvae
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared" / "coco"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not on this machine")
+
+
+# ---------------------------------------------------------------------------------------------------
+# A small world: two dozen drawn pastures as a COCO folder, and a tiny CLIP with random weights
+
+
+def make_clip(path, seed=0, **sizes):
+    """Save a CLIP with random weights as the state dict that clip.load reads."""
+    from clip.model import CLIP
+    torch.manual_seed(seed)
+    shape = dict(embed_dim=16, image_resolution=32, vision_layers=1, vision_width=64, vision_patch_size=16,
+                 context_length=77, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=1)
+    torch.save(CLIP(**shape | sizes).state_dict(), path)
+    return path
+
+
+def make_coco(root, count=24, split="val2017", url=None):
+    """Write `count` drawn pastures as COCO would: root/split/*.jpg, root/annotations/captions_*.json."""
+    (root / split).mkdir(parents=True)
+    (root / "annotations").mkdir()
+    dice, images, annotations = random.Random(1), [], []
+    for number in range(count):
+        scene, name = cvae.random_scene(dice), f"{number:012}.jpg"
+        cvae.draw_pasture(scene, number).resize((160, 120)).save(root / split / name)
+        images.append({"id": number, "file_name": name, "width": 160, "height": 120,
+                       "coco_url": f"{url}/{split}/{name}" if url else ""})
+        annotations += [{"image_id": number, "caption": text} for text in cvae.caption_pasture(scene, dice)]
+    (root / f"annotations/captions_{split}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return root
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with coco/, clip.pt, other-clip.pt and the prepared data.pt."""
+    root = tmp_path_factory.mktemp("world")
+    make_coco(root / "coco")
+    make_clip(root / "clip.pt")
+    make_clip(root / "other-clip.pt", seed=1)
+    cvae.main(["prepare", "--coco", str(root / "coco"), "--split", "val2017", "--words", "sheep", "cow", "horse",
+               "--clip", str(root / "clip.pt"), "--data", str(root / "data.pt")])
+    return root
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def run_folder(world):
+    """A model trained for two short epochs."""
+    train(world, world / "run")
+    return world / "run"
+
+
+def train(world, run, *options):
+    cvae.main(["train", "--data", str(world / "data.pt"), "--run", str(run), "--epochs", "2", "--batch", "8",
+               *map(str, options)])
+
+
+def stops(*argv):
+    """Run a command that must fail as expected; return its one sentence."""
+    with pytest.raises(SystemExit) as stop:
+        cvae.main(list(map(str, argv)))
+    assert isinstance(stop.value.code, str), "an exit status alone explains nothing"  # sys.exit(text): status 1
+    return stop.value.code.strip()
+
+
+def cli(*argv, **options):
+    """Run cvae.py as a user would: a process of its own."""
+    return subprocess.run([sys.executable, str(HERE / "cvae.py"), *map(str, argv)], capture_output=True, text=True,
+                          timeout=170, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def weights(path, which="average"):
+    return torch.load(path, weights_only=True)[which]
+
+
+def same_weights(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The objective
+
+
+def test_kl_agrees_with_torch_distributions():
+    torch.manual_seed(0)
+    mu_q, logvar_q, mu_p, logvar_p = torch.randn(4, 3, 2, 5, 5)
+    q, p = (torch.distributions.Normal(mu, (0.5 * logvar).exp()) for mu, logvar in ((mu_q, logvar_q), (mu_p, logvar_p)))
+    expected = torch.distributions.kl_divergence(q, p).sum((1, 2, 3))
+    torch.testing.assert_close(cvae.gaussian_kl(mu_q, logvar_q, mu_p, logvar_p), expected)
+
+
+def test_likelihood_agrees_with_torch_distributions_and_its_variance_is_the_best():
+    torch.manual_seed(0)
+    x, picture = torch.rand(2, 500).double()
+    mse = F.mse_loss(picture, x)
+    nll = [-torch.distributions.Normal(picture, scale * mse.sqrt()).log_prob(x).sum() for scale in (0.9, 1.0, 1.1)]
+    torch.testing.assert_close(cvae.gaussian_nll(mse, 500), nll[1])
+    assert nll[1] < nll[0] and nll[1] < nll[2]
+
+
+def test_bits_per_dimension_of_known_cases():
+    # a variance of 1/(2 pi e) has the entropy of the uniform density on [0, 1]: all 8 bits
+    nats = cvae.gaussian_nll(torch.tensor(1 / (2 * np.pi * np.e)), 10)
+    assert cvae.bits_per_dimension(nats, 10).item() == pytest.approx(8, abs=1e-5)
+    # a perfect picture leaves only the dequantisation noise: half a log of 2 pi e / 12
+    x = torch.rand(2, 3, 8, 8)
+    assert cvae.elbo_loss(x, x, torch.zeros(2, 1)).item() == pytest.approx(0.5 * np.log2(2 * np.pi * np.e / 12), abs=1e-4)
+    # a KL of D ln 2 nats costs one bit per value more
+    more = cvae.elbo_loss(x, x, torch.full((2, 1), 192 * np.log(2)))
+    assert more.item() == pytest.approx(1 + 0.5 * np.log2(2 * np.pi * np.e / 12), abs=1e-4)
+
+
+def slow_ssim(a, b):
+    """SSIM by the definition: a loop over windows, in numpy."""
+    g = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
+    w = np.outer(g, g) / np.outer(g, g).sum()
+    values = []
+    for channel, i, j in itertools.product(range(3), range(a.shape[1] - 10), range(a.shape[2] - 10)):
+        p, q = a[channel, i:i + 11, j:j + 11], b[channel, i:i + 11, j:j + 11]
+        mp, mq = (w * p).sum(), (w * q).sum()
+        vp, vq, c = (w * (p - mp) ** 2).sum(), (w * (q - mq) ** 2).sum(), (w * (p - mp) * (q - mq)).sum()
+        values.append((2 * mp * mq + 1e-4) * (2 * c + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+    return np.mean(values)
+
+
+def test_ssim_and_the_original_loss_agree_with_their_definitions():
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 2, 3, 14, 14)
+    scores = [slow_ssim(p.double().numpy(), q.double().numpy()) for p, q in zip(a, b)]
+    np.testing.assert_allclose(cvae.ssim(a, b), scores, atol=1e-5)
+    kl = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    p, q = a.double().numpy(), b.double().numpy()
+    bce = -(q * np.log(p) + (1 - q) * np.log(1 - p)).sum((1, 2, 3)) / 3
+    expected = np.mean(bce + 0.5 * np.array([3, 7]) + 0.1 * (1 - np.array(scores)) / 2)
+    assert cvae.original_loss(a, b, kl).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_loss_of_any_valid_batch_is_finite_and_so_are_its_gradients(seed):
+    dice = torch.Generator().manual_seed(seed)
+    x = [torch.zeros(3, 3, 64, 64), torch.ones(3, 3, 64, 64), torch.rand(3, 3, 64, 64, generator=dice),
+         torch.rand(3, 3, 64, 64, generator=dice).round(), torch.full((3, 3, 64, 64), 0.5)][seed]
+    for latents, objective in itertools.product(("ladder", "flat", "report"), ("elbo", "original")):
+        model = cvae.build_model({"latents": latents, "size": 64, "condition_dim": 4, "dropout": 0.3})
+        picture, kl = model(x, 10 * torch.randn(3, 4, generator=dice))
+        loss = cvae.OBJECTIVES[objective](picture, x, kl)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The word filter
+
+
+@pytest.mark.parametrize("caption, matches", [
+    ("A cow stands in a field.", True), ("Two cows.", True), ("SHEEP!", True), ("a flock of sheep, grazing", True),
+    ("a cowboy rides", False), ("a scowling man", False), ("a sheepdog runs", False), ("a coward", False),
+    ("cow", True), ("the cow's bell", True), ("", False), ("a moscow street", False), ("black-and-white cow", True)])
+def test_bucolic_filter(caption, matches):
+    assert bool(cvae.word_pattern(cvae.THEMES["bucolic"]).search(caption)) == matches
+
+
+@pytest.mark.parametrize("caption, matches", [
+    ("a grassy hillside", True), ("farmland", True), ("a mountainous view", True), ("on horseback", True),
+    ("forested hills", True), ("a barn in a farmyard", True), ("chilled wine", False), ("a seahorse toy", False),
+    ("a fence in a yard", True), ("good natured dog", False), ("mountains", True),
+    ("a hilltop farmhouse", True), ("grasshopper", False), ("natural light", False), ("a horseshoe", False)])
+def test_nature_filter(caption, matches):
+    assert bool(cvae.word_pattern(cvae.THEMES["nature"]).search(caption)) == matches
+
+
+def test_any_word_is_found_as_a_word_and_only_as_one():
+    dice = random.Random(0)
+    for _ in range(300):  # words with regular-expression characters in them, too
+        word = "".join(dice.choices("abcxyz.+*?()[]|\\^$-&é", k=dice.randint(1, 6)))
+        pattern = cvae.word_pattern([word])
+        assert pattern.search(f"before {word} after") and pattern.search(f"{word.upper()}s")
+        assert not pattern.search(f"x{word}") and not pattern.search(f"{word}q")
+        assert not pattern.search("zebra crossing")
+
+
+@needs_shared
+def test_filter_against_the_counts_of_the_real_captions():
+    path = SHARED / "annotations/captions_val2017.json"
+    coco = json.loads(path.read_bytes())
+    by_substring = {a["image_id"] for a in coco["annotations"] if re.search("cow|sheep", a["caption"].lower())}
+    by_word = {a["image_id"] for a in coco["annotations"] if re.search(r"\b(cows?|sheeps?)\b", a["caption"].lower())}
+    assert (len(by_substring), len(by_word)) == (140, 134)  # shared/coco/README.md
+    ours = {p["id"] for p in cvae.read_captions(path, cvae.THEMES["bucolic"])}
+    assert by_word <= ours <= by_substring and len(ours) < 140
+    nature = cvae.read_captions(path, cvae.THEMES["nature"])
+    assert 0.9 * 892 < len(nature) < 892  # 892 as substrings
+    assert sum((SHARED / "val2017" / p["file_name"]).exists() for p in nature) > 0.9 * 446
+
+
+# ---------------------------------------------------------------------------------------------------
+# Photographs
+
+
+def jpeg(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def gradient(mode="RGB", size=(200, 100)):
+    row = np.linspace(0, 255, size[0]).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(row[None, :, None], (size[1], size[0], 3)).copy()).convert(mode)
+
+
+@pytest.mark.parametrize("mode, suffix", [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("LA", "png"), ("RGBA", "png"),
+                                          ("1", "png"), ("I;16", "png"), ("I", "png"), ("RGB", "webp")])
+def test_pictures_of_every_mode_become_the_same_square(here, mode, suffix):
+    path = here / f"picture.{suffix}"
+    if mode.startswith("I"):
+        values = np.asarray(gradient("L")).astype(np.uint16) * 257
+        Image.fromarray(values if mode == "I;16" else values.astype(np.int32)).save(path)
+    else:
+        gradient(mode).save(path)
+    square = cvae.centre_square(cvae.decode(path, 64), 64).float()
+    assert square.shape == (3, 64, 64)
+    expected = torch.linspace(64, 191, 64)  # the middle half of the gradient, left to right
+    tolerance = 80 if mode in ("1", "P") else 12  # few colours: dithering stays in places
+    assert (square.mean((0, 1)) - expected).abs().max() < tolerance
+
+
+def test_one_pixel_wide_and_rotated_pictures(here):
+    gradient(size=(1, 300)).save(here / "thin.png")
+    assert cvae.centre_square(cvae.decode(here / "thin.png", 64), 64).shape == (3, 64, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to view": the camera was held upright
+    gradient().save(here / "rotated.jpg", exif=exif)
+    upright = cvae.centre_square(cvae.decode(here / "rotated.jpg", 64), 64).float()
+    assert upright.mean((0, 2))[-1] - upright.mean((0, 2))[0] > 100  # now it runs from top to bottom
+    assert abs(upright.mean((0, 1))[-1] - upright.mean((0, 1))[0]) < 10
+
+
+def test_a_decompression_bomb_is_refused(here, monkeypatch):
+    Image.new("1", (14000, 14000)).save(here / "bomb.png")  # 25 KB that would unpack to 196 million pixels
+    with pytest.raises(ValueError, match="decompression bomb"):
+        cvae.decode(here / "bomb.png", 64)
+
+
+def test_the_crop_is_centred_and_keeps_the_shape_of_things():
+    picture = Image.new("RGB", (300, 200))
+    picture.paste((255, 0, 0), (100, 50, 200, 150))  # a square in the middle stays one
+    square = cvae.centre_square(picture, 100)
+    red = square[0] > 127
+    assert red.any(0).sum() == red.any(1).sum() == 50
+    assert red.any(0).nonzero().float().mean() == pytest.approx(49.5)
+
+
+def test_embeddings_agree_with_clips_own_preprocessing(world):
+    import clip
+    warnings.simplefilter("ignore")
+    model, preprocess = clip.load(str(world / "clip.pt"), device="cpu")
+    paths = sorted((world / "coco/val2017").glob("*.jpg"))
+    _, _, ours = cvae.embed_photographs(cvae.load_clip(str(world / "clip.pt")), paths, torch.device("cpu"))
+    with torch.no_grad():
+        theirs = F.normalize(model.encode_image(torch.stack([preprocess(Image.open(p)) for p in paths])).float(), dim=1)
+    agreement = (ours @ theirs.T).diagonal()
+    confusion = (theirs @ theirs.T)[~torch.eye(len(paths), dtype=torch.bool)]
+    assert agreement.min() > 0.999  # the resampling differs by rounding only
+    assert agreement.min() > confusion.quantile(0.9)
+    captions = ["a sheep", "two cows at night"]
+    with torch.no_grad():
+        theirs = F.normalize(model.encode_text(clip.tokenize(captions)).float(), dim=1)
+    torch.testing.assert_close(cvae.encode_texts(model, captions), theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("archive", ["state dict", "traced"])
+def test_a_full_size_clip_passes_through_clip_load(here, archive):
+    """ViT-B/32's shape with random weights, in both forms in which CLIPs are distributed."""
+    from clip.model import CLIP
+    torch.manual_seed(0)
+    original = CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12).eval()
+    if archive == "traced":
+        tokens = torch.randint(0, 49408, (2, 77))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(original, (torch.rand(2, 3, 224, 224), tokens))
+            traced.save("clip.pt")
+    else:
+        torch.save({name: value.half() if value.is_floating_point() else value
+                    for name, value in original.state_dict().items()}, "clip.pt")
+    coco = SHARED if SHARED.exists() else make_coco(here / "coco")
+    cvae.main(["prepare", "--coco", str(coco), "--split", "val2017", "--words", "sheep", "horse", "--clip", "clip.pt"])
+    data = cvae.load_data(cvae.DATA)
+    assert data["image_embeddings"].shape[1:] == (512,) and data["caption_embeddings"].shape[1:] == (5, 512)
+    assert torch.allclose(data["image_embeddings"].norm(dim=1), torch.ones(len(data["ids"])), atol=1e-5)
+    photograph = cvae.decode(coco / "val2017" / f"{data['ids'][0]:012}.jpg", 224)
+    pixels = (cvae.centre_square(photograph, 224)[None] / 255 - cvae.CLIP_MEAN) / cvae.CLIP_STD
+    with torch.no_grad():
+        expected = F.normalize(original.encode_image(pixels), dim=1)[0]
+    assert data["image_embeddings"][0] @ expected > 0.9999
