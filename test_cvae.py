@@ -252,7 +252,7 @@ def gradient(mode="RGB", size=(200, 100)):
 
 
 @pytest.mark.parametrize("mode, suffix", [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("LA", "png"), ("RGBA", "png"),
-                                          ("1", "png"), ("I;16", "png"), ("I", "png"), ("RGB", "webp")])
+                                          ("1", "png"), ("I;16", "png"), ("I", "tiff"), ("RGB", "webp")])
 def test_pictures_of_every_mode_become_the_same_square(here, mode, suffix):
     path = here / f"picture.{suffix}"
     if mode.startswith("I"):
@@ -337,3 +337,282 @@ def test_a_full_size_clip_passes_through_clip_load(here, archive):
     with torch.no_grad():
         expected = F.normalize(original.encode_image(pixels), dim=1)[0]
     assert data["image_embeddings"][0] @ expected > 0.9999
+
+
+# ---------------------------------------------------------------------------------------------------
+# prepare, from a folder
+
+
+def test_prepare_writes_what_the_photographs_hold(world):
+    data = cvae.load_data(world / "data.pt")
+    annotations = json.loads((world / "coco/annotations/captions_val2017.json").read_text())["annotations"]
+    assert data["images"].shape == (24, 3, 128, 128) and data["images"].dtype == torch.uint8
+    for row in (0, 7, 23):
+        with Image.open(world / f"coco/val2017/{data['ids'][row]:012}.jpg") as photograph:
+            middle = photograph.crop((20, 0, 140, 120)).resize((128, 128), Image.BICUBIC)
+        difference = data["images"][row].permute(1, 2, 0).float() - torch.from_numpy(np.array(middle)).float()
+        assert difference.abs().mean() < 1
+        assert data["captions"][row] == [a["caption"] for a in annotations if a["image_id"] == data["ids"][row]]
+    assert data["held_out"].sum() == 2 and data["split"] == "val2017" and data["words"] == ["sheep", "cow", "horse"]
+
+
+def test_photographs_with_other_than_five_captions_and_missing_ones(here, world, capsys):
+    coco = make_coco(here / "coco", count=6)
+    path = coco / "annotations/captions_val2017.json"
+    content = json.loads(path.read_text())
+    texts = [f"sheep number {i}" for i in range(7)]
+    kept = [a for a in content["annotations"] if a["image_id"] not in (0, 1, 2)]
+    kept += [{"image_id": 0, "caption": "one sheep"}] + [{"image_id": 1, "caption": t} for t in texts]  # none for 2
+    path.write_text(json.dumps(content | {"annotations": kept}))
+    (coco / "val2017/000000000005.jpg").unlink()
+    (coco / "val2017/000000000004.jpg").write_bytes(b"<html>not found</html>")
+    cvae.main(["prepare", "--coco", "coco", "--split", "val2017", "--words", "sheep", "cow", "horse",
+               "--clip", str(world / "clip.pt")])
+    said = capsys.readouterr().out
+    assert "5 photographs match" in said and "4 are in" in said and "1 are missing" in said
+    assert "skipped" in said and "000000000004.jpg" in said
+    data = cvae.load_data(cvae.DATA)
+    assert data["ids"].tolist() == [0, 1, 3]
+    assert data["captions"][0] == ["one sheep"] * 5 and data["captions"][1] == texts[:5]
+
+
+@needs_shared
+def test_prepare_on_real_photographs(here, world):
+    done = cli("prepare", "--coco", SHARED, "--split", "val2017", "--theme", "nature", "--clip", world / "clip.pt", cwd=here)
+    assert done.returncode == 0, done.stderr
+    matching, used, missing = map(int, re.search(r"(\d+) photographs match.*; (\d+) are in .*, (\d+) are missing",
+                                                 done.stdout).groups())
+    assert used + missing == matching and 400 < used <= 446 and missing > 400
+    data = cvae.load_data(here / cvae.DATA)
+    assert len(data["images"]) == used and data["held_out"].sum() == used // 10
+    assert data["images"].float().std() > 40  # photographs, not grey
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "no captions file"), ("{", "not a COCO captions file"), ("[1, 2]", "not a COCO captions file"),
+    ('{"images": [{"id": 1}], "annotations": []}', "not a COCO captions file"),
+    ('{"images": 3, "annotations": []}', "not a COCO captions file"),
+    ('{"images": [], "annotations": []}', "No caption"), ('"text"', "not a COCO captions file")])
+def test_captions_files_that_are_none(here, world, content, words):
+    (here / "coco/annotations").mkdir(parents=True)
+    if content is not None:
+        (here / "coco/annotations/captions_val2017.json").write_text(content)
+    assert words in stops("prepare", "--coco", "coco", "--split", "val2017", "--clip", world / "clip.pt")
+
+
+def test_words_that_match_nothing(world, here):
+    said = stops("prepare", "--coco", world / "coco", "--split", "val2017", "--words", "zebra(.*", "--clip", world / "clip.pt")
+    assert "zebra(.*" in said
+
+
+@pytest.mark.parametrize("name", ["../escape.jpg", "/tmp/escape.jpg", "a\0b.jpg", "", "..", "a/b.jpg", "a\\b.jpg", ".hidden"])
+def test_file_names_that_try_to_leave_the_folder(here, world, name):
+    coco = make_coco(here / "coco", count=3)
+    path = coco / "annotations/captions_val2017.json"
+    content = json.loads(path.read_text())
+    content["images"][1]["file_name"] = name
+    path.write_text(json.dumps(content))
+    assert "not a plain file name" in stops("prepare", "--coco", "coco", "--split", "val2017", "--words", "sheep", "cow",
+                                            "horse", "--clip", world / "clip.pt")
+
+
+def test_a_clip_that_is_none(world, here):
+    (here / "weights.pt").write_bytes(b"not weights")
+    for name in ("ViT-B/99", "weights.pt"):
+        assert "--clip" in stops("prepare", "--coco", world / "coco", "--split", "val2017", "--words", "sheep", "--clip", name)
+
+
+# ---------------------------------------------------------------------------------------------------
+# prepare, from a server that misbehaves
+
+
+class Mirror:
+    """An HTTP server on the loopback address that serves `root`, with faults by path.
+
+    faults[path] is a list: one behaviour for each request of that path, then it is served well.
+    """
+
+    def __init__(self, root):
+        self.root, self.faults, self.requests = Path(root), {}, []
+        mirror, self.release = self, threading.Event()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                mirror.requests.append(self.path)
+                faults = mirror.faults.get(self.path, [])
+                fault = faults.pop(0) if faults else None
+                file = mirror.root / self.path.lstrip("/")
+                if isinstance(fault, int) or not file.exists():
+                    return self.send_error(fault or 404)
+                body = fault if isinstance(fault, bytes) else file.read_bytes()
+                if fault == "stall":
+                    mirror.release.wait(20)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[:len(body) // 2] if fault == "cut" else body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.release.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def mirror(tmp_path_factory):
+    """A mirror of COCO in its own layout, with an annotations archive and photographs of train2017."""
+    root = make_coco(tmp_path_factory.mktemp("server"), count=24, split="train2017", url=cvae.COCO_URL)
+    with zipfile.ZipFile(root / "annotations/annotations_trainval2017.zip", "w") as archive:
+        archive.write(root / "annotations/captions_train2017.json", "annotations/captions_train2017.json")
+        archive.writestr("../escaped.txt", "this must never be written")
+    mirror = Mirror(root)
+    yield mirror
+    mirror.close()
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    """Do not wait between attempts, and not long for a silent server."""
+    monkeypatch.setattr(cvae.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cvae, "TIMEOUT", 0.5)
+
+
+def download(world, mirror):
+    return ["prepare", "--mirror", mirror.url, "--words", "sheep", "cow", "horse", "--clip", str(world / "clip.pt")]
+
+
+def photograph(number):
+    return f"/train2017/{number:012}.jpg"
+
+
+def test_prepare_fetches_what_it_needs_and_nothing_twice(here, world, mirror, capsys):
+    mirror.faults["/annotations/annotations_trainval2017.zip"] = []
+    cvae.main(["prepare", "--mirror", mirror.url, "--words", "sheep", "--clip", str(world / "clip.pt")])
+    sheep = {p["id"] for p in cvae.read_captions(mirror.root / "annotations/captions_train2017.json", ["sheep"])}
+    assert 0 < len(sheep) < 24
+    assert sorted(mirror.requests) == sorted(["/annotations/annotations_trainval2017.zip", *map(photograph, sheep)])
+    assert cvae.load_data(cvae.DATA)["ids"].tolist() == sorted(sheep)
+    cvae.main(download(world, mirror))  # now all animals: only the others are fetched
+    assert len(mirror.requests) == 1 + 24 and len(set(mirror.requests)) == 25
+    for number in range(24):
+        name = photograph(number).lstrip("/")
+        assert (here / "data/coco" / name).read_bytes() == (mirror.root / name).read_bytes()
+    assert not list(here.rglob("*.part*")) and not list(here.parent.rglob("escaped.txt"))
+    assert not list(here.rglob("*.zip"))
+
+
+def test_faults_that_pass_are_survived(here, world, mirror, hurry):
+    whole = (mirror.root / photograph(0).lstrip("/")).read_bytes()
+    mirror.faults = {"/annotations/annotations_trainval2017.zip": ["cut", 503, b"<html>busy</html>"],
+                     photograph(1): [500, 500], photograph(2): ["cut"], photograph(3): ["stall"],
+                     photograph(4): [b"<html>moved</html>"], photograph(5): [whole[:len(whole) // 2]],
+                     photograph(6): [jpeg(Image.new("RGB", (64, 64)))]}
+    cvae.main(download(world, mirror))
+    assert len(cvae.load_data(cvae.DATA)["ids"]) == 24
+    assert mirror.requests.count(photograph(1)) == 3
+
+
+def test_faults_that_stay_cost_only_their_photograph(here, world, mirror, hurry, capsys):
+    whole = (mirror.root / photograph(0).lstrip("/")).read_bytes()
+    mirror.faults = {photograph(1): [404], photograph(2): [500] * 9, photograph(3): ["cut"] * 9,
+                     photograph(4): [b"<html>moved</html>"] * 9, photograph(5): [whole[:len(whole) // 2]] * 9,
+                     photograph(6): [jpeg(Image.new("RGB", (64, 64)))] * 9}
+    cvae.main(download(world, mirror))
+    said = capsys.readouterr().out
+    assert said.count("skipped:") == 6 and "6 are missing" in said
+    assert mirror.requests.count(photograph(1)) == 1  # a 404 is not asked for again
+    assert cvae.load_data(cvae.DATA)["ids"].tolist() == [0, *range(7, 24)]
+    kept = sorted(p.name for p in (here / "data/coco/train2017").iterdir())
+    assert kept == [f"{number:012}.jpg" for number in (0, *range(7, 24))]
+    mirror.faults = {}
+    mirror.requests.clear()
+    cvae.main(download(world, mirror))  # once the server is well, only the missing are fetched
+    assert sorted(mirror.requests) == [photograph(n) for n in range(1, 7)]
+
+
+def test_too_many_faults_are_a_failure_and_keep_what_arrived(here, world, mirror, hurry):
+    mirror.faults = {photograph(n): [404] * 9 for n in range(15)}
+    assert "Too many photographs" in stops(*download(world, mirror))
+    assert (here / "data/coco" / photograph(23).lstrip("/")).exists()
+
+
+def test_unreachable_coco_is_one_sentence_within_seconds(here, world):
+    began = time.perf_counter()
+    done = cli("prepare", "--mirror", "http://127.0.0.1:9", "--clip", world / "clip.pt", cwd=here)
+    assert done.returncode == 1 and time.perf_counter() - began < 30
+    assert "127.0.0.1:9" in done.stderr and "--coco" in done.stderr and "demo" in done.stderr
+    assert "Traceback" not in done.stderr and not list(here.rglob("*.zip"))
+
+
+def test_a_zip_without_the_captions(here, world, mirror):
+    with zipfile.ZipFile(mirror.root / "annotations/annotations_trainval2017.zip", "w") as archive:
+        archive.writestr("readme.txt", "nothing here")
+    assert "captions_train2017.json" in stops(*download(world, mirror))
+    assert not list((here / "data").rglob("*.json"))
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/a.jpg", "data:,x", "/etc/passwd"])
+def test_addresses_that_are_not_http_are_not_opened(here, url, capsys):
+    (here / "train2017").mkdir()
+    wanted = [{"file_name": "a.jpg", "url": url, "width": 1, "height": 1}]
+    cvae.fetch_photographs(wanted, here / "train2017", cvae.COCO_URL)
+    assert "not an http or https address" in capsys.readouterr().out
+    assert not list((here / "train2017").iterdir())
+
+
+def test_control_c_during_the_download_then_the_same_command(here, world, mirror):
+    mirror.faults = {photograph(n): ["stall"] * 9 for n in range(8, 24)}
+    process = subprocess.Popen([sys.executable, str(HERE / "cvae.py"), *download(world, mirror)], cwd=here,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = here / "data/coco/train2017"
+    wait_for(lambda: folder.exists() and len(list(folder.glob("0*.jpg"))) >= 8)
+    process.send_signal(signal.SIGINT)
+    mirror.release.set()
+    mirror.faults = {}
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in said and "same command" in said
+    assert not list(folder.glob(".*"))
+    arrived = set(folder.iterdir())
+    mirror.requests.clear()
+    cvae.main(download(world, mirror))
+    assert len(mirror.requests) == 24 - len(arrived)
+    assert len(cvae.load_data(cvae.DATA)["ids"]) == 24
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_two_prepares_at_once(here, world, mirror):
+    both = [subprocess.Popen([sys.executable, str(HERE / "cvae.py"), *download(world, mirror)], cwd=here,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert len(cvae.load_data(here / cvae.DATA)["ids"]) == 24
+    assert not list(here.rglob(".*part*"))
+
+
+def test_a_disk_that_fills_during_the_download(here, world, mirror, monkeypatch, hurry):
+    real_open, written = open, []
+
+    def small_disk(path, mode="r", *rest, **options):
+        if "w" in mode and "train2017" in str(path):
+            written.append(path)
+            if len(written) > 5:
+                raise OSError(28, "No space left on device", str(path))
+        return real_open(path, mode, *rest, **options)
+
+    monkeypatch.setattr("builtins.open", small_disk)
+    assert "disk is full" in stops(*download(world, mirror))
+    assert 0 < len(list((here / "data/coco/train2017").glob("0*.jpg"))) <= 5
+    assert not (here / cvae.DATA).exists()
