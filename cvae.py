@@ -137,6 +137,12 @@ def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def autocast(device):
+    """bfloat16 for matrix products and convolutions where the hardware has instructions for it."""
+    capable = device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=capable)
+
+
 ATTEMPTS, TIMEOUT = 4, 10  # tries per file; seconds without a byte before a connection counts as dead
 
 
@@ -627,8 +633,8 @@ class CVAE(nn.Module):
     def __init__(self, size, condition_dim, latents="ladder", dropout=0.0):
         super().__init__()
         self.ladder = latents == "ladder"
-        self.register_buffer("awake", torch.zeros(()))  # 0: only z_0 counts; 1: the whole ladder (see train)
         sides = [side for side in WIDTHS if side < size]  # 4, 8, ... size / 2
+        self.register_buffer("awake", torch.zeros(len(sides) - 1))  # which levels count yet (see train)
         # embeddings crowd into a narrow cone; standardised, their differences are what the network sees
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(condition_dim))
@@ -691,7 +697,7 @@ class CVAE(nn.Module):
                 else:
                     latent = gaussian_sample(mu_p, logvar_p, temperature)
                 latents.append(latent)
-                h = h + self.awake * level.inject(latent)
+                h = h + self.awake[index] * level.inject(latent)
             h = level.after(h, style)
         # the last doubling: each pixel of the map becomes a 2x2 patch of the picture
         picture = torch.sigmoid(F.pixel_shuffle(self.to_pixels(F.silu(h)).float(), 2))  # (N, 3, S, S)
@@ -723,7 +729,7 @@ class ReportCVAE(CVAE):
 
     def __init__(self, size, condition_dim, latents="report", dropout=0.3):
         nn.Module.__init__(self)
-        self.register_buffer("awake", torch.zeros(()))
+        self.register_buffer("awake", torch.zeros(0))
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(condition_dim))
 
@@ -846,10 +852,10 @@ OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 CHECKPOINT_VERSION = 1
 # The ladder sleeps at first. Left to itself it learns from the bottom: fine levels can copy a picture
 # detail by detail, so they do, and z_0 and the condition are left with nothing to say. Reconstructions are
-# then superb and samples are fog. So in the first half of the training only z_0 counts (a flat VAE), and it
-# learns what stands where; then the levels wake and add what z_0 can't hold. (The ladder VAE warms up
-# its KL for the same reason, Sonderby et al. 2016.)
-ASLEEP = 0.5  # of all steps
+# then superb and samples are fog. So at first only z_0 counts (a flat VAE), and it learns what stands
+# where; then the levels wake one by one, coarse before fine, and each adds what those above can't hold.
+# (The ladder VAE warms up its KL for the same reason, Sonderby et al. 2016.)
+WAKES = [0.4, 0.5, 0.6, 0.7]  # of all steps: when the 8x8, 16x16, 32x32 and 64x64 latents begin to count
 
 WARM_UP = 50  # steps: the learning rate rises over these, and throughput is measured after them
 
@@ -884,11 +890,6 @@ def take(images, index, device):
     else:
         batch = images[index]
     return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
-
-
-def autocast(device):
-    """bfloat16 for matrix products and convolutions on CUDA, float32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def conditions_of(data, kind):
@@ -1101,6 +1102,7 @@ def train(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=device.type == "cuda")
     objective = OBJECTIVES[config["objective"]]
+    wakes = torch.tensor(WAKES[:len(model.awake)], device=device)
     step, running, best, history, latent_prior = 0, 0.0, math.inf, [], None
     if args.resume:
         model.load_state_dict(checkpoint["model"])
@@ -1143,7 +1145,7 @@ def train(args):
             mark, marked = time.perf_counter(), step
             while step < (epoch + 1) * epoch_steps:
                 torch.manual_seed(config["seed"] * 1_000_003 + step)
-                model.awake.fill_(step >= ASLEEP * total)
+                model.awake.copy_(step >= wakes * total)
                 index = order[step % epoch_steps * batch:][:batch]
                 x = take(images, index, device)                                        # (n, 3, S, S)
                 # one of the captions, drawn anew at every visit (with image embeddings: the only one)
@@ -1225,7 +1227,7 @@ def load_clip_of(config, device, name=None):
     return clip_model
 
 
-TEMPERATURE = 0.6  # scales noise: 1 shows all the variety that the model believes in, mistakes included
+TEMPERATURE = 0.5  # scales noise: 1 shows all the variety that the model believes in, mistakes included
 
 
 def text_conditions(texts, prior, temperature=TEMPERATURE):
@@ -1757,7 +1759,7 @@ def parse_arguments(argv=None):
     p.add_argument("--clip", help="the run's CLIP, if its file has moved")
 
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, five minutes")
-    p.add_argument("--epochs", type=between(int, 1, 1000), default=10, help="fewer is quicker and worse")
+    p.add_argument("--epochs", type=between(int, 1, 1000), default=12, help="fewer is quicker and worse")
     return parser.parse_args(argv)
 
 
