@@ -616,3 +616,230 @@ def test_a_disk_that_fills_during_the_download(here, world, mirror, monkeypatch,
     assert "disk is full" in stops(*download(world, mirror))
     assert 0 < len(list((here / "data/coco/train2017").glob("0*.jpg"))) <= 5
     assert not (here / cvae.DATA).exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The prior and the small mathematics of sampling and evaluation
+
+
+def test_the_regression_agrees_with_numpy_and_draws_its_neighbours_residuals():
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(60, 5), dim=1)
+    y = x @ torch.randn(5, 3) + 0.3 * torch.randn(60, 3) + 2
+    fitted = cvae.fit_conditional(x, y, strength=0.1)
+    centred, target = (t.double().numpy() - t.double().numpy().mean(0) for t in (x, y))
+    ridge = 0.1 * (centred**2).mean() * 60  # ridge regression is least squares with ridge's root as extra rows
+    expected = np.linalg.lstsq(np.vstack([centred, np.sqrt(ridge) * np.eye(5)]), np.vstack([target, np.zeros((5, 3))]),
+                               rcond=None)[0]
+    np.testing.assert_allclose(fitted["weight"], expected, atol=1e-4)
+    mean = cvae.draw_conditional(fitted, x, temperature=0)
+    torch.testing.assert_close(mean.mean(0), y.mean(0))
+    # every draw is the mean plus the residual of one of the sixteen nearest
+    draws = torch.stack([cvae.draw_conditional(fitted, x[:1])[0] for _ in range(200)]) - mean[0]
+    nearest = (x @ x[0]).argsort(descending=True)[:16]
+    allowed = (y - mean)[nearest]
+    distance, which = torch.cdist(draws, allowed).min(1)
+    assert distance.max() < 1e-4 and len(which.unique()) > 12
+
+
+def gap_data(seed=0, pairs=400, width=12):
+    """Pairs of unit vectors with a constant offset between the two kinds, as between CLIP's."""
+    torch.manual_seed(seed)
+    meaning = torch.randn(pairs, 1, width)
+    offset = 3 * F.normalize(torch.randn(width), dim=0)
+    images = F.normalize(meaning[:, 0] + 0.1 * torch.randn(pairs, width), dim=-1)
+    captions = F.normalize(meaning + 0.5 * torch.randn(pairs, 5, width) + offset, dim=-1)
+    return {"image_embeddings": images, "caption_embeddings": captions, "held_out": torch.arange(pairs) % 4 == 0}
+
+
+def test_the_prior_crosses_a_constant_gap():
+    prior, without, through = cvae.fit_prior(gap_data())
+    assert through > without + 0.2
+    fresh = gap_data()
+    held = fresh["held_out"]
+    predicted = cvae.text_conditions(fresh["caption_embeddings"][held][:, 0], prior, temperature=0)
+    images = fresh["image_embeddings"][held]
+    torch.testing.assert_close(predicted.norm(dim=1), torch.ones(len(predicted)))
+    found = (predicted @ images.T).argmax(1) == torch.arange(len(images))
+    found_without = (fresh["caption_embeddings"][held][:, 0] @ images.T).argmax(1) == torch.arange(len(images))
+    assert found.float().mean() > found_without.float().mean()
+
+
+def test_slerp_walks_the_arc_at_constant_speed():
+    a, b = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
+    walk = cvae.slerp(a, b, 4)
+    angles = torch.tensor([0, 30, 60, 90]).deg2rad()
+    torch.testing.assert_close(walk, torch.stack([angles.cos(), angles.sin(), 0 * angles], 1))
+    assert cvae.slerp(a, a, 3).isfinite().all()
+
+
+def test_diversity_and_cmmd_of_known_cases():
+    a = F.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1]]), dim=1)
+    pairs = [1 - float(a[i] @ a[j]) for i, j in itertools.combinations(range(3), 2)]
+    assert cvae.diversity(a) == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert cvae.cmmd(a, a) == pytest.approx(0, abs=1e-9)
+    # two points at distance d: 1000 · (2 - 2 exp(-d² / 200))
+    assert cvae.cmmd(a[:1], a[1:2]) == pytest.approx(1000 * (2 - 2 * np.exp(-2 / 200)), rel=1e-6)
+
+
+def test_caption_match_counts_hits():
+    texts = torch.eye(4)
+    images = F.normalize(torch.tensor([[1, 0.2, 0, 0], [0.2, 1, 0, 0], [0, 1, 0.1, 0]]), dim=1)
+    figures = cvae.caption_match(images, texts, torch.tensor([0, 1, 2]))
+    assert figures["R-precision"] == pytest.approx(2 / 3)
+    expected = [1 / np.hypot(1, 0.2), 1 / np.hypot(1, 0.2), 0.1 / np.hypot(1, 0.1)]
+    assert figures["CLIP score"] == pytest.approx(100 * np.mean(expected), rel=1e-5)
+
+
+def test_guidance_moves_away_from_the_mean():
+    model = cvae.CVAE(64, 2)
+    model.condition_mean.copy_(torch.tensor([1.0, 1.0]))
+    c = torch.tensor([[2.0, 0.0]])
+    torch.testing.assert_close(cvae.guide(model, c, 3.0), torch.tensor([[4.0, -2.0]]))
+    torch.testing.assert_close(cvae.guide(model, c, 1.0), c)
+
+
+def test_file_names_of_any_prompt_are_safe(here):
+    dice, seen = random.Random(0), set()
+    labels = ["../../etc/passwd", "x" * 300, "", "...", "🐑🐑", "con", "a\0b", "C:\\windows", "-rf", "a/b", "A B", "a b"]
+    labels += ["".join(chr(dice.choice([dice.randrange(1, 128), dice.randrange(1, 0x2FFF)])) for _ in range(dice.randint(0, 80)))
+               for _ in range(200)]
+    (here / "out").mkdir()
+    for label in labels:
+        path = cvae.sample_path(here / "out", label)
+        assert path.parent == here / "out" and re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?\.png", path.name)
+        assert len(path.name) < 80 and path not in seen
+        path.touch()
+        seen.add(path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("latents, levels", [("ladder", {64: 4, 128: 5}), ("flat", {64: 1, 128: 1}), ("report", {64: 1, 128: 1})])
+def test_shapes(size, latents, levels):
+    model = cvae.build_model({"latents": latents, "size": size, "condition_dim": 12, "dropout": 0.0})
+    picture, kl = model(torch.rand(2, 3, size, size), torch.randn(2, 12))
+    assert picture.shape == (2, 3, size, size) and kl.shape == (2, levels[size])
+    assert picture.min() >= 0 and picture.max() <= 1 and (kl >= 0).all()
+
+
+def test_the_reports_network_has_its_size():
+    model = cvae.build_model({"latents": "report", "size": 64, "condition_dim": 512, "dropout": 0.3})
+    assert 20e6 < sum(p.numel() for p in model.parameters()) < 32e6  # "about 32 million" at 128 pixels
+    model = cvae.build_model({"latents": "report", "size": 128, "condition_dim": 512, "dropout": 0.3})
+    assert 29e6 < sum(p.numel() for p in model.parameters()) < 35e6
+
+
+def test_dropout_size_latents_and_condition_change_what_they_name(world, here):
+    train(world, "plain", "--size", 64)
+    train(world, "drop", "--size", 64, "--dropout")
+    train(world, "text", "--size", 64, "--condition", "text")
+    train(world, "flat", "--size", 64, "--latents", "flat")
+    train(world, "big", "--size", 128, "--epochs", 1)
+    stored = {run: torch.load(f"{run}/last.pt", weights_only=True) for run in ("plain", "drop", "text", "flat", "big")}
+    assert [stored[run]["config"]["dropout"] for run in ("plain", "drop")] == [0.0, 0.3]
+    for run in ("drop", "text", "flat"):  # same seed, same photographs: only what was named differs
+        a, b = stored["plain"]["model"]["to_hidden.weight"], stored[run]["model"]["to_hidden.weight"]
+        assert not torch.equal(a, b)
+    assert stored["text"]["prior"] is None and stored["plain"]["prior"] is not None
+    captions = cvae.load_data(world / "data.pt")
+    train_captions = captions["caption_embeddings"][~captions["held_out"]].mean((0, 1))
+    torch.testing.assert_close(stored["text"]["model"]["condition_mean"], train_captions)
+    train_images = captions["image_embeddings"][~captions["held_out"]].mean(0)
+    torch.testing.assert_close(stored["plain"]["model"]["condition_mean"], train_images)
+    assert len(stored["flat"]["history"][0]["kl_levels"]) == 1 and len(stored["plain"]["history"][0]["kl_levels"]) == 4
+    with Image.open("big/epoch.png") as big, Image.open("plain/epoch.png") as small:
+        assert big.size == small.size  # the same figure, ...
+    model, _, _, latent_prior = cvae.load_model("big/best.pt", torch.device("cpu"))
+    assert model.generate(captions["image_embeddings"][:2], latent_prior).shape == (2, 3, 128, 128)
+
+
+def test_dropout_acts_on_z_in_training_only():
+    torch.manual_seed(0)
+    model = cvae.CVAE(64, 4, dropout=0.5)
+    z, c, given = torch.randn(1, 128), torch.randn(1, 4), [torch.zeros(1, 4, s, s) for s in (8, 16, 32)]
+    draw = lambda: model.decode(z, c, given=given)[0]
+    model.train()
+    assert not torch.equal(draw(), draw())
+    model.eval()
+    assert torch.equal(draw(), draw())
+
+
+def test_the_ladder_sleeps_then_wakes_level_by_level():
+    torch.manual_seed(0)
+    model, c = cvae.CVAE(64, 4).eval(), torch.randn(1, 4)
+    z = torch.zeros(1, 128)
+    picture = lambda i: model.decode(z, c, given=[torch.full((1, 4, s, s), float(i == n)) for n, s in enumerate((8, 16, 32))])[0]
+    for awake in ([0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]):
+        model.awake.copy_(torch.tensor(awake))
+        base = picture(-1)
+        assert [not torch.equal(picture(level), base) for level in range(3)] == [bool(a) for a in awake]
+
+
+def test_kept_latents_reproduce_the_reconstruction():
+    torch.manual_seed(0)
+    model = cvae.CVAE(64, 4).eval()
+    model.awake.fill_(1)
+    for level in model.levels:  # posteriors that say something
+        nn.init.normal_(level.posterior.weight, std=0.1)
+    x, c = torch.rand(2, 3, 64, 64), torch.randn(2, 4)
+    mu, _, features = model.encode(x, c)
+    picture, kls, latents = model.decode(mu, c, features)
+    again, no_kls, _ = model.decode(mu, c, given=latents)
+    assert torch.equal(picture, again) and len(kls) == 3 and not no_kls
+    torch.manual_seed(1)
+    assert not torch.equal(model.decode(mu, c, given=latents[:1])[0], picture)
+
+
+@pytest.mark.parametrize("latents", ["ladder", "flat"])
+def test_a_model_overfits_one_batch(latents):
+    torch.manual_seed(0)
+    x = torch.stack([cvae.centre_square(cvae.draw_pasture(cvae.random_scene(random.Random(i)), i), 64) for i in range(4)]) / 255
+    model, c = cvae.CVAE(64, 4, latents), torch.eye(4)
+    model.awake.fill_(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(70):
+        loss = cvae.elbo_loss(*reversed((x, model(x, c)[0])), torch.zeros(4, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 2.2
+    picture = model.eval()(x, c)[0]
+    assert -10 * torch.log10(F.mse_loss(picture, x)) > 20
+
+
+def test_the_fast_path_agrees_with_plain_float32(world, monkeypatch):
+    """Six steps as train does them against the same steps in the most ordinary PyTorch."""
+    data = cvae.load_data(world / "data.pt")
+    device = torch.device("cpu")
+    images = cvae.pool_images(data["images"], 64)
+    conditions = data["image_embeddings"]
+
+    def run(fast):
+        torch.manual_seed(0)
+        model = cvae.CVAE(64, 16).to(memory_format=torch.channels_last if fast else torch.contiguous_format)
+        model.awake.fill_(1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        for step in range(6):
+            index = torch.arange(8) + step
+            torch.manual_seed(step)
+            if fast:
+                with cvae.autocast(device):
+                    picture, kl = model(cvae.take(images, index, device), conditions[index])
+            else:
+                picture, kl = model(data["images"][index].float().unflatten(2, (64, 2)).unflatten(4, (64, 2)).mean((3, 5))
+                                    .round() / 255, conditions[index])
+            loss = cvae.elbo_loss(picture, cvae.take(images, index, device), kl)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    np.testing.assert_allclose(run(True), run(False), rtol=5e-3)
