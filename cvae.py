@@ -440,7 +440,7 @@ def embed_photographs(model, paths, device, batch=32):
                 embeddings.append(encode_images(model, for_clip.to(device)))
             bar.update(len(readable))
     if not kept:
-        raise Stop("None of the photographs could be read.")
+        raise Stop("None of the photographs is there and can be read.")
     return kept, torch.cat(pixels), torch.cat(embeddings).cpu()
 
 
@@ -465,10 +465,10 @@ def prepare(args):
     on_disk = [p for p in photographs if (folder / p["file_name"]).exists()]
     print(f"{len(photographs)} photographs match {', '.join(words)}; {len(on_disk)} are in {folder}, "
           f"{len(photographs) - len(on_disk)} are missing.")
-    if len(on_disk) < 2:
-        raise Stop(f"{folder} holds too few of the photographs that {captions_path} describes.")
     kept, pixels, embeddings = embed_photographs(model, [folder / p["file_name"] for p in on_disk], device)
     kept = [on_disk[i] for i in kept]
+    if len(kept) < 3:  # two to learn from, one held out
+        raise Stop(f"{folder} holds too few of the photographs that {captions_path} describes.")
     # a photograph with fewer than five captions repeats them, one with more keeps the first five
     captions = [[p["captions"][i % len(p["captions"])] for i in range(CAPTIONS)] for p in kept]
     flat = [caption for five in captions for caption in five]
@@ -1143,7 +1143,7 @@ def train(args):
             bar = tqdm(total=epoch_steps * batch, initial=step % epoch_steps * batch, unit="img", leave=False,
                        desc=f"epoch {epoch + 1}/{config['epochs']}")
             mark, marked = time.perf_counter(), step
-            while step < (epoch + 1) * epoch_steps:
+            while step < (epoch + 1) * epoch_steps and not interrupted:
                 torch.manual_seed(config["seed"] * 1_000_003 + step)
                 model.awake.copy_(step >= wakes * total)
                 index = order[step % epoch_steps * batch:][:batch]
@@ -1172,27 +1172,27 @@ def train(args):
                     if marked >= WARM_UP:
                         seconds, seen = seconds + time.perf_counter() - mark, seen + (step - marked) * batch
                     mark, marked = time.perf_counter(), step
-                if interrupted:
-                    save_checkpoint("last.pt")
-                    raise KeyboardInterrupt(f"Stopped at step {step} of {total}, nothing is lost. Go on with: "
-                                            f"python cvae.py train --resume --run {run}")
             bar.close()
-            figures = evaluate_elbo(average, held_images, held_conditions, device, objective)
-            must_be_finite(figures["bpd"])
-            history.append({"train_loss": mean_loss, **figures})
-            latent_prior = fit_latent_prior(average, images, conditions, device)
-            running = 0.0
-            if figures["held_out_loss"] < best:
-                best = figures["held_out_loss"]
-                save_checkpoint("best.pt")
+            if step % epoch_steps == 0:  # the epoch is complete
+                figures = evaluate_elbo(average, held_images, held_conditions, device, objective)
+                must_be_finite(figures["bpd"])
+                history.append({"train_loss": mean_loss, **figures})
+                latent_prior = fit_latent_prior(average, images, conditions, device)
+                running = 0.0
+                if figures["held_out_loss"] < best:
+                    best = figures["held_out_loss"]
+                    save_checkpoint("best.pt")
+                print(f"epoch {epoch + 1}: training loss {mean_loss:.3f}, held-out {figures['held_out_loss']:.3f}, "
+                      f"{figures['bpd']:.3f} bits/dim, KL {figures['kl']:.0f} nats, PSNR {figures['psnr']:.1f} dB")
+                save_curves(run / "loss.png", history)
+                save_progress(run / "epoch.png", average, data, prior, latent_prior, config, device)
             save_checkpoint("last.pt")
-            print(f"epoch {epoch + 1}: training loss {mean_loss:.3f}, held-out {figures['held_out_loss']:.3f}, "
-                  f"{figures['bpd']:.3f} bits/dim, KL {figures['kl']:.0f} nats, PSNR {figures['psnr']:.1f} dB")
-            save_curves(run / "loss.png", history)
-            save_progress(run / "epoch.png", average, data, prior, latent_prior, config, device)
+            if interrupted and step < total:
+                raise KeyboardInterrupt(f"Stopped at step {step} of {total}, nothing is lost. Go on with: "
+                                        f"python cvae.py train --resume --run {run}")
     finally:
         signal.signal(signal.SIGINT, previous_handler)
-    work = arithmetic_per_image(model, x[:2], conditions[:2, 0])
+    work = arithmetic_per_image(model, take(images, torch.arange(2, device=device), device), conditions[:2, 0])
     speed = f"{seen / seconds:.0f} images/s after warm-up" if seen else "too short a run to measure images/s"
     print(f"{run}: {speed}, {peak_memory(device):.1f} GB peak memory, {work / 1e9:.2f} GFLOP per image and step")
 
