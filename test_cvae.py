@@ -1181,3 +1181,101 @@ def test_help_is_quick():
     seconds("-c", "import torch")  # fill the disk cache
     pairs = [(seconds(str(HERE / "cvae.py"), "--help"), seconds("-c", "import torch")) for _ in range(3)]
     assert min(help for help, _ in pairs) < 1.5 * min(torch for _, torch in pairs)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The bars: the whole demo, judged by what was drawn, never by the program that drew it (-m bars)
+
+
+SCENES = [(animal, ground, sky) for animal in cvae.SUBJECTS for ground in cvae.GROUNDS for sky in cvae.SKIES]
+
+
+def train_judge():
+    """A classifier of animals that has seen drawings only, and other drawings than the demo's."""
+    torch.manual_seed(7)
+    dice = random.Random(99)
+    scenes = [(*dice.choice(SCENES), dice.choice(list(cvae.RELIEFS)), dice.randint(1, 3), dice.choice(("left", "right")))
+              for _ in range(2400)]
+    x = torch.stack([cvae.centre_square(cvae.draw_pasture(scene, 10**6 + i), 128) for i, scene in enumerate(scenes)])
+    x, y = cvae.pool_images(x, 64) / 255, torch.tensor([list(cvae.SUBJECTS).index(scene[0]) for scene in scenes])
+    judge = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 48, 3, 2, 1), nn.BatchNorm2d(48),
+                          nn.ReLU(), nn.Conv2d(48, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                          nn.Dropout(0.3), nn.Linear(1024, 3))
+    optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
+    for _ in range(8):
+        for batch in torch.randperm(2000).split(50):
+            loss = F.cross_entropy(judge(x[batch] + 0.03 * torch.randn(len(batch), 3, 64, 64)), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    judge.eval()
+    accuracy = (judge(x[2000:]).argmax(1) == y[2000:]).float().mean().item()
+    assert accuracy > 0.98, "the judge itself must be trustworthy"
+    return lambda pictures: judge(pictures).argmax(1)
+
+
+def colours(pictures):
+    """Sky and ground by the colours that were mixed for drawing: the medians of the top and bottom rows."""
+    top, bottom = (rows.flatten(2).median(2).values * 255 for rows in (pictures[:, :, :3], pictures[:, :, -3:]))
+    skies = torch.tensor([cvae.SKY_COLOURS[sky][0] for sky in cvae.SKIES]).float()
+    grounds = torch.tensor([[value * light for value, light in zip(cvae.GROUND_COLOURS[ground], cvae.LIGHT[sky])]
+                            for ground in cvae.GROUNDS for sky in cvae.SKIES]).float()
+    return torch.cdist(top, skies).argmin(1), torch.cdist(bottom, grounds).argmin(1) // len(cvae.SKIES)
+
+
+@pytest.mark.bars
+def test_the_demo_meets_the_bars(here):
+    began = time.perf_counter()
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run([sys.executable, str(HERE / "cvae.py"), "demo"], check=True, env=environment)
+    minutes = (time.perf_counter() - began) / 60
+    [run] = (here / "runs").iterdir()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    table = evaluation["table"]
+    figures = {"demo, minutes": minutes, "bits per dimension": evaluation["bpd"]}
+    figures["R-precision relative to photographs"] = table["samples"]["R-precision"] / table["photographs"]["R-precision"]
+    figures["diversity relative to photographs"] = table["samples"]["diversity"] / table["photographs"]["diversity"]
+
+    # eight samples of each of the 36 combinations, judged from their pixels
+    model, config, prior, latent_prior = cvae.load_model(run / "best.pt", torch.device("cpu"))
+    clip_model = cvae.load_clip(config["clip"])
+    prompts = cvae.encode_texts(clip_model, [cvae.caption_scene(*scene, number % 3 + 1) for number, scene in enumerate(SCENES)])
+    torch.manual_seed(0)
+    own = torch.arange(len(SCENES)).repeat_interleave(8)
+    with torch.no_grad():
+        pictures = model.generate(cvae.text_conditions(prompts[own], prior), latent_prior, cvae.TEMPERATURE)
+        animal, (sky, ground) = train_judge()(pictures), colours(pictures)
+    unseen = torch.tensor([SCENES[i] in cvae.UNSEEN for i in own.tolist()])
+    for name, answers, kinds, part in (("animal", animal, cvae.SUBJECTS, 0), ("ground", ground, cvae.GROUNDS, 1), ("sky", sky, cvae.SKIES, 2)):
+        right = answers == torch.tensor([list(kinds).index(SCENES[i][part]) for i in own.tolist()])
+        figures[name], figures[f"{name}, unseen"] = right.float().mean().item(), right[unseen].float().mean().item()
+
+    # an offset between captions and pictures as large as ViT-B/32's (0.82, Liang et al. 2022, arXiv 2203.02053)
+    data = cvae.load_data(config["data"])
+    offset = 0.82 * F.normalize(torch.randn(prompts.shape[1], generator=torch.Generator().manual_seed(1)), dim=0)
+    shifted = lambda texts: F.normalize(texts + offset, dim=-1)
+    bridge, _, _ = cvae.fit_prior(data | {"caption_embeddings": shifted(data["caption_embeddings"])})
+    captions = cvae.encode_texts(clip_model, list(cvae.hundred_captions(data)))
+    own = torch.arange(len(captions)).repeat_interleave(8)
+    for name, prior in (("with", bridge), ("without", None)):
+        pictures = model.generate(cvae.text_conditions(shifted(captions)[own], prior), latent_prior, cvae.TEMPERATURE)
+        figures[f"R-precision across ViT-B/32's gap, {name} the prior"] = cvae.caption_match(
+            cvae.encode_images(clip_model, pictures), captions, own)["R-precision"]
+
+    # the report's network and loss, for at least as long
+    began = time.perf_counter()
+    subprocess.run([sys.executable, str(HERE / "cvae.py"), "train", "--data", "data/toy.pt", "--latents", "report", "--objective", "original",
+                    "--dropout", "--batch", "16", "--lr", "5e-4", "--epochs", "2", "--run", "report"], check=True, env=environment)
+    figures["the report, minutes of training"] = (time.perf_counter() - began) / 60
+    figures["the report, bits per dimension"] = torch.load("report/best.pt", weights_only=True)["history"][-1]["bpd"]
+    print(json.dumps(figures, indent=2))
+    (HERE / ".pytest_cache").mkdir(exist_ok=True)
+    (HERE / ".pytest_cache/bars.json").write_text(json.dumps(figures, indent=2))
+
+    assert minutes < 5 and figures["the report, minutes of training"] > minutes
+    assert figures["bits per dimension"] < figures["the report, bits per dimension"] - 1.8
+    assert figures["R-precision relative to photographs"] > 0.8 and figures["diversity relative to photographs"] > 0.7
+    assert min(figures["sky"], figures["ground"]) > 0.97 and figures["animal"] > 0.8
+    assert min(figures["sky, unseen"], figures["ground, unseen"]) > 0.95
+    assert (figures["R-precision across ViT-B/32's gap, with the prior"]
+            > figures["R-precision across ViT-B/32's gap, without the prior"] + 0.2)
