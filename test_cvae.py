@@ -1184,6 +1184,99 @@ def test_help_is_quick():
 
 
 # ---------------------------------------------------------------------------------------------------
+# Speed, as ratios measured in one run on an idle machine (-m speed)
+
+
+def rate(work, images, repeats=3):
+    """Images per second of work(), the median of some repeats."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return images / sorted(seconds)[repeats // 2]
+
+
+def plain_steps(model, paths, steps):
+    """Train as a first PyTorch program would: float32, a DataLoader that decodes JPEGs, nothing else."""
+
+    class Photographs(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, i):
+            photograph = Image.open(paths[i]).convert("RGB")
+            side = min(photograph.size)
+            left, top = (photograph.width - side) // 2, (photograph.height - side) // 2
+            square = photograph.crop((left, top, left + side, top + side)).resize((64, 64), Image.BICUBIC)
+            return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model.awake.fill_(1)
+    for _, x in zip(range(steps), torch.utils.data.DataLoader(Photographs(), batch_size=16, shuffle=True, drop_last=True)):
+        picture, kl = model(x, torch.randn(16, 16))
+        optimizer.zero_grad()
+        cvae.elbo_loss(picture, x, kl).backward()
+        optimizer.step()
+
+
+def report_steps(model, steps):
+    """The report's network on pictures in memory, in train's precision."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for _ in range(steps):
+        x = torch.rand(16, 3, 64, 64)
+        with cvae.autocast(torch.device("cpu")):
+            picture, kl = model(x, torch.randn(16, 16))
+        optimizer.zero_grad()
+        cvae.original_loss(picture, x, kl).backward()
+        optimizer.step()
+
+
+@pytest.mark.speed
+def test_speed(here, capsys):
+    coco = SHARED
+    if not coco.exists():  # photographs of COCO's usual size
+        coco = make_coco(here / "coco", count=400)
+        for path in (coco / "val2017").iterdir():
+            Image.open(path).resize((640, 480)).save(path, quality=92)
+    make_clip("big.pt", embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32,
+              transformer_width=512, transformer_heads=8, transformer_layers=12)
+    photographs = cvae.read_captions(coco / "annotations/captions_val2017.json", ["sheep", "cow", "horse", "grass", "hill"])
+    paths = [coco / "val2017" / p["file_name"] for p in photographs if (coco / "val2017" / p["file_name"]).exists()][:256]
+    speeds, device = {}, torch.device("cpu")
+
+    # prepare: CLIP alone on pixels in memory, then with decoding, then the original's way
+    big = cvae.load_clip("big.pt")
+    squares = torch.randint(0, 256, (64, 3, 224, 224), dtype=torch.uint8)
+    cvae.encode_images(big, squares)
+    speeds["CLIP's forward pass alone"] = rate(lambda: [cvae.encode_images(big, part) for part in squares.split(32)], 64, 5)
+    speeds["prepare"] = rate(lambda: cvae.embed_photographs(big, paths, device), len(paths))
+    import clip
+    preprocess = clip.load("big.pt", device="cpu")[1]
+    with torch.no_grad():
+        speeds["one photograph at a time"] = rate(lambda: [big.encode_image(preprocess(Image.open(path))[None])
+                                                           for path in paths[:16]], 16)
+
+    # training at 64 pixels, batch 16: the command; the same network in the most ordinary PyTorch; the report's network
+    make_clip("small.pt")
+    cvae.main(["prepare", "--coco", str(coco), "--split", "val2017", "--words", "sheep", "cow", "horse", "grass", "hill",
+               "--clip", "small.pt"])
+    capsys.readouterr()
+    printed = []
+    for number in range(3):
+        cvae.main(["train", "--batch", "16", "--epochs", "6", "--run", f"runs/{number}"])
+        printed.append(int(re.search(r"(\d+) images/s after warm-up", capsys.readouterr().out)[1]))
+    speeds["train"] = sorted(printed)[1]
+    speeds["a plain baseline"] = rate(lambda: plain_steps(cvae.CVAE(64, 16), paths, 12), 12 * 16)
+    network = cvae.build_model({"latents": "report", "size": 64, "condition_dim": 16, "dropout": 0.3})
+    speeds["the report's network"] = rate(lambda: report_steps(network, 2), 2 * 16)
+    with capsys.disabled():
+        print("\n" + "\n".join(f"{name:28}{value:8.1f} images/s" for name, value in speeds.items()))
+    assert speeds["prepare"] > 0.9 * speeds["CLIP's forward pass alone"]
+    assert speeds["train"] > 2 * speeds["a plain baseline"]
+
+
+# ---------------------------------------------------------------------------------------------------
 # The bars: the whole demo, judged by what was drawn, never by the program that drew it (-m bars)
 
 
