@@ -521,12 +521,9 @@ def fit_conditional(x, y, strength):
     return {"weight": weight, "bias": bias, "keys": x[stored], "residuals": (y - x @ weight - bias)[stored]}
 
 
-def draw_conditional(conditional, x, temperature=1.0, near=None):
-    """Draw y | x: (N, A) -> (N, B). Temperature scales the residual; 0 gives the mean.
-
-    near (N, A): whose neighbours lend their residuals, if not those of x.
-    """
-    likeness = (x if near is None else near) @ conditional["keys"].T                    # (N, M)
+def draw_conditional(conditional, x, temperature=1.0):
+    """Draw y | x: (N, A) -> (N, B). Temperature scales the residual; 0 gives the mean."""
+    likeness = x @ conditional["keys"].T                                                # (N, M)
     nearest = likeness.topk(min(NEIGHBOURS, likeness.shape[1])).indices                 # (N, 16)
     chosen = nearest.gather(1, torch.randint(nearest.shape[1], (len(x), 1), device=x.device))[:, 0]
     return x @ conditional["weight"] + conditional["bias"] + temperature * conditional["residuals"][chosen]
@@ -712,7 +709,7 @@ class CVAE(nn.Module):
         return picture, torch.stack([gaussian_kl(mu, logvar, zero, zero), *kls], dim=1)
 
     @torch.no_grad()
-    def generate(self, condition, latent_prior, temperature=1.0, near=None):
+    def generate(self, condition, latent_prior, temperature=1.0):
         """Draw pictures: condition (N, D) -> (N, 3, S, S), z_0 from latent_prior, the ladder from its own.
 
         Temperature scales the ladder's noise, not z_0's: z_0 decides what stands where, and half a
@@ -720,7 +717,7 @@ class CVAE(nn.Module):
         """
         pictures = []
         for part in condition.split(64):  # few enough at a time for any memory
-            z = draw_conditional(latent_prior, part, near=near)                         # (n, 128)
+            z = draw_conditional(latent_prior, part)                                    # (n, 128)
             pictures.append(self.decode(z, part, temperature=temperature)[0])
         return torch.cat(pictures)
 
@@ -1273,6 +1270,7 @@ def check_prompts(prompts, context_length):
             print(f"CLIP reads {context_length} tokens; this prompt is longer and was cut: {prompt[:60]}...")
 
 
+@torch.no_grad()
 def sample(args):
     """Draw pictures for prompts (or from a photograph, or between two prompts); write a captioned grid."""
     device = pick_device()
@@ -1301,9 +1299,11 @@ def sample(args):
     if args.interpolate:
         torch.manual_seed(args.seed)
         ends = guide(model, text_conditions(embeddings, prior, args.temperature), args.guidance)  # (2, D)
-        for condition in slerp(*ends, args.n):
+        arc = slerp(*ends, args.n)                                                      # (n, D)
+        z = draw_conditional(latent_prior, arc[[args.n // 2]])                          # (1, 128), for half-way
+        for condition in arc:
             torch.manual_seed(args.seed)  # the same noise in every column: only the condition changes
-            rows.append(model.generate(condition[None], latent_prior, args.temperature, near=ends.mean(0)[None]))
+            rows.append(model.decode(z, condition[None], temperature=args.temperature)[0])
         rows, labels = [torch.cat(rows)], [" → ".join(args.prompts)]
     else:
         count = max(args.n, args.rerank)

@@ -4,6 +4,7 @@
 its pictures. An oracle is never cvae.py itself: torch.distributions, numpy, clip's own preprocessing,
 hand-picked captions, a server that misbehaves on purpose.
 """
+import functools
 import http.server
 import io
 import itertools
@@ -1283,6 +1284,7 @@ def test_speed(here, capsys):
 SCENES = [(animal, ground, sky) for animal in cvae.SUBJECTS for ground in cvae.GROUNDS for sky in cvae.SKIES]
 
 
+@functools.cache
 def train_judge():
     """A classifier of animals that has seen drawings only, and other drawings than the demo's."""
     torch.manual_seed(7)
@@ -1316,6 +1318,23 @@ def colours(pictures):
     return torch.cdist(top, skies).argmin(1), torch.cdist(bottom, grounds).argmin(1) // len(cvae.SKIES)
 
 
+def judge_pixels(run):
+    """How many samples show the animal, the ground and the sky that was asked for: eight of each of the 36 combinations."""
+    model, config, prior, latent_prior = cvae.load_model(run / "best.pt", torch.device("cpu"))
+    prompts = cvae.encode_texts(cvae.load_clip(config["clip"]),
+                                [cvae.caption_scene(*scene, number % 3 + 1) for number, scene in enumerate(SCENES)])
+    torch.manual_seed(0)
+    own = torch.arange(len(SCENES)).repeat_interleave(8)
+    pictures = model.generate(cvae.text_conditions(prompts[own], prior), latent_prior, cvae.TEMPERATURE)
+    answers = dict(zip(("animal", "ground", "sky"), (train_judge()(pictures), *reversed(colours(pictures)))))
+    unseen = torch.tensor([SCENES[i] in cvae.UNSEEN for i in own.tolist()])
+    figures = {}
+    for part, (name, kinds) in enumerate((("animal", cvae.SUBJECTS), ("ground", cvae.GROUNDS), ("sky", cvae.SKIES))):
+        right = answers[name] == torch.tensor([list(kinds).index(SCENES[i][part]) for i in own.tolist()])
+        figures |= {name: right.float().mean().item(), f"{name}, unseen": right[unseen].float().mean().item()}
+    return figures
+
+
 @pytest.mark.bars
 def test_the_demo_meets_the_bars(here):
     began = time.perf_counter()
@@ -1329,23 +1348,13 @@ def test_the_demo_meets_the_bars(here):
     figures["R-precision relative to photographs"] = table["samples"]["R-precision"] / table["photographs"]["R-precision"]
     figures["diversity relative to photographs"] = table["samples"]["diversity"] / table["photographs"]["diversity"]
 
-    # eight samples of each of the 36 combinations, judged from their pixels
-    model, config, prior, latent_prior = cvae.load_model(run / "best.pt", torch.device("cpu"))
+    figures |= judge_pixels(run)
+    model, config, _, latent_prior = cvae.load_model(run / "best.pt", torch.device("cpu"))
     clip_model = cvae.load_clip(config["clip"])
-    prompts = cvae.encode_texts(clip_model, [cvae.caption_scene(*scene, number % 3 + 1) for number, scene in enumerate(SCENES)])
-    torch.manual_seed(0)
-    own = torch.arange(len(SCENES)).repeat_interleave(8)
-    with torch.no_grad():
-        pictures = model.generate(cvae.text_conditions(prompts[own], prior), latent_prior, cvae.TEMPERATURE)
-        animal, (sky, ground) = train_judge()(pictures), colours(pictures)
-    unseen = torch.tensor([SCENES[i] in cvae.UNSEEN for i in own.tolist()])
-    for name, answers, kinds, part in (("animal", animal, cvae.SUBJECTS, 0), ("ground", ground, cvae.GROUNDS, 1), ("sky", sky, cvae.SKIES, 2)):
-        right = answers == torch.tensor([list(kinds).index(SCENES[i][part]) for i in own.tolist()])
-        figures[name], figures[f"{name}, unseen"] = right.float().mean().item(), right[unseen].float().mean().item()
 
     # an offset between captions and pictures as large as ViT-B/32's (0.82, Liang et al. 2022, arXiv 2203.02053)
     data = cvae.load_data(config["data"])
-    offset = 0.82 * F.normalize(torch.randn(prompts.shape[1], generator=torch.Generator().manual_seed(1)), dim=0)
+    offset = 0.82 * F.normalize(torch.randn(config["condition_dim"], generator=torch.Generator().manual_seed(1)), dim=0)
     shifted = lambda texts: F.normalize(texts + offset, dim=-1)
     bridge, _, _ = cvae.fit_prior(data | {"caption_embeddings": shifted(data["caption_embeddings"])})
     captions = cvae.encode_texts(clip_model, list(cvae.hundred_captions(data)))
@@ -1372,3 +1381,117 @@ def test_the_demo_meets_the_bars(here):
     assert min(figures["sky, unseen"], figures["ground, unseen"]) > 0.95
     assert (figures["R-precision across ViT-B/32's gap, with the prior"]
             > figures["R-precision across ViT-B/32's gap, without the prior"] + 0.2)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What was tried: the default with one thing changed, for the README's table (-m ablations)
+
+
+def block_forward(self, h, style, film=True, residual=True):
+    scale, shift = self.film(style)[:, :, None, None].chunk(2, dim=1) if film else (0, 0)
+    change = self.conv(F.silu(self.norm(h) * (1 + scale) + shift))
+    return h + change if residual else change
+
+
+def transposed_convolutions(patch):
+    init, resize = cvae.Level.__init__, F.interpolate
+
+    def level(self, above, channels, latents):
+        init(self, above, channels, latents)
+        self.shrink = nn.ConvTranspose2d(above, channels, 4, stride=2, padding=1)
+
+    patch.setattr(cvae.Level, "__init__", level)
+    patch.setattr(F, "interpolate", lambda h, *size, scale_factor=None, **how: h if scale_factor else resize(h, *size, **how))
+
+
+def flips(patch):
+    take = cvae.take
+
+    def flipped(images, index, device):
+        x = take(images, index, device)
+        return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x) if len(x) == 16 else x  # training's batches
+
+    patch.setattr(cvae, "take", flipped)
+
+
+def standard_normal(patch):
+    def fit(model, images, conditions, device):
+        width = conditions.shape[-1]
+        return {"weight": torch.zeros(width, 128), "bias": torch.zeros(128), "keys": F.normalize(torch.randn(2048, width), dim=1),
+                "residuals": torch.randn(2048, 128)}
+
+    patch.setattr(cvae, "fit_latent_prior", fit)
+
+
+def setting(name, value):
+    return lambda patch: patch.setattr(cvae, name, value)
+
+
+VARIANTS = {  # what is changed: options of train, a patch of cvae.py
+    "nothing": ("", None),
+    "the report's loss": ("--objective original", None),
+    "flat": ("--latents flat", None),
+    "flat and the report's loss": ("--latents flat --objective original", None),
+    "levels awake from the start": ("", setting("WAKES", [0, 0, 0, 0])),
+    "levels wake together": ("", setting("WAKES", [0.5, 0.5, 0.5, 0.5])),
+    "z_0 drawn from N(0, I)": ("", standard_normal),
+    "no averaged weights": ("", lambda patch: patch.setattr(torch, "_foreach_lerp_", lambda a, b, _: torch._foreach_copy_(a, b))),
+    "batch norm": ("", lambda patch: patch.setattr(nn, "GroupNorm", lambda _, width, affine=True: nn.BatchNorm2d(width, affine=affine))),
+    "transposed convolutions": ("", transposed_convolutions),
+    "no residual connections": ("", lambda patch: patch.setattr(cvae.Block, "forward", functools.partialmethod(block_forward, residual=False))),
+    "no FiLM": ("", lambda patch: patch.setattr(cvae.Block, "forward", functools.partialmethod(block_forward, film=False))),
+    "three quarters of the widths": ("", setting("WIDTHS", {4: 144, 8: 96, 16: 48, 32: 24, 64: 16})),
+    "half as wide again": ("", setting("WIDTHS", {4: 288, 8: 192, 16: 96, 32: 48, 64: 24})),
+    "wide at the bottom": ("", setting("WIDTHS", {4: 128, 8: 96, 16: 80, 32: 56, 64: 32})),
+    "2 channels of latents a level": ("", setting("LEVEL_CHANNELS", 2)),
+    "8 channels of latents a level": ("", setting("LEVEL_CHANNELS", 8)),
+    "horizontal flips": ("", flips),
+    "no dropout": ("--dropout 0", None),
+    "dropout 0.3": ("--dropout 0.3", None),
+    "batches of 32": ("--batch 32", None),
+}
+
+
+@pytest.mark.ablations
+def test_ablations(here, monkeypatch, capsys):
+    """Six epochs of the toy world, fifteen of the real photographs; three seeds where it would be close.
+
+    ABLATE="a, b" tries only these. The table is also kept in .pytest_cache/ablations.json.
+    """
+    chosen = os.environ.get("ABLATE", ",".join(VARIANTS)).split(",")
+    seeds = [int(seed) for seed in os.environ.get("SEEDS", "0").split(",")]
+    toy = Path("data/toy")
+    cvae.draw_toy_world(toy)
+    cvae.train_toy_clip(toy, toy / "clip.pt")
+    prepare = ["prepare", "--clip", str(toy / "clip.pt"), "--words"]
+    cvae.main([*prepare, "sheep", "cow", "horse", "--coco", str(toy), "--split", "toy", "--data", "toy.pt"])
+    if SHARED.exists():
+        cvae.main([*prepare, *cvae.THEMES["nature"], "--coco", str(SHARED), "--split", "val2017", "--data", "coco.pt"])
+    store = HERE / ".pytest_cache/ablations.json"
+    store.parent.mkdir(exist_ok=True)
+    table = json.loads(store.read_text()) if store.exists() else {}
+    for seed, name in itertools.product(seeds, map(str.strip, chosen)):
+        options, change = VARIANTS[name]
+        for world, epochs in (("toy", 6), ("coco", 15)):
+            if not Path(f"{world}.pt").exists():
+                continue
+            with monkeypatch.context() as patch:
+                if change:
+                    change(patch)
+                run = f"runs/{world}, {name}, {seed}"
+                cvae.main(["train", "--data", f"{world}.pt", "--epochs", str(epochs), "--batch", "16", "--dropout", "0.1", "--seed", str(seed),
+                           "--run", run, *options.split()])
+                speed, work = re.search(r"(\d+) images/s.*?([\d.]+) GFLOP", capsys.readouterr().out).groups()
+                figures = {"bpd": torch.load(f"{run}/last.pt", weights_only=True)["history"][-1]["bpd"], "images/s": int(speed), "GFLOP": float(work)}
+                if world == "toy":
+                    cvae.main(["evaluate", "--checkpoint", f"{run}/last.pt"])
+                    figures |= json.loads(Path(run, "evaluation.json").read_text())["table"]["samples"] | judge_pixels(Path(run))
+                    capsys.readouterr()
+            table[f"{world}, {name}, {seed}"] = figures
+            with capsys.disabled():
+                print(f"{world}, {name}, {seed}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+            store.write_text(json.dumps(table, indent=1))
+    for world in ("toy", "coco"):  # what the tutorial claims loudest
+        bpd = {name: table[f"{world}, {name}, 0"]["bpd"] for name in ("nothing", "flat", "flat and the report's loss")
+               if f"{world}, {name}, 0" in table}
+        assert list(bpd.values()) == sorted(bpd.values())
