@@ -1242,16 +1242,20 @@ def test_speed(here, capsys):
             Image.open(path).resize((640, 480)).save(path, quality=92)
     make_clip("big.pt", embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32,
               transformer_width=512, transformer_heads=8, transformer_layers=12)
-    photographs = cvae.read_captions(coco / "annotations/captions_val2017.json", ["sheep", "cow", "horse", "grass", "hill"])
-    paths = [coco / "val2017" / p["file_name"] for p in photographs if (coco / "val2017" / p["file_name"]).exists()][:256]
+    photographs = cvae.read_captions(coco / "annotations/captions_val2017.json", cvae.THEMES["nature"])
+    paths = [coco / "val2017" / p["file_name"] for p in photographs if (coco / "val2017" / p["file_name"]).exists()]
     speeds, device = {}, torch.device("cpu")
 
     # prepare: CLIP alone on pixels in memory, then with decoding, then the original's way
     big = cvae.load_clip("big.pt")
-    squares = torch.randint(0, 256, (64, 3, 224, 224), dtype=torch.uint8)
-    cvae.encode_images(big, squares)
-    speeds["CLIP's forward pass alone"] = rate(lambda: [cvae.encode_images(big, part) for part in squares.split(32)], 64, 5)
-    speeds["prepare"] = rate(lambda: cvae.embed_photographs(big, paths, device), len(paths))
+    squares = torch.randint(0, 256, (len(paths), 3, 224, 224), dtype=torch.uint8)
+    alone, prepare = [], []
+    for _ in range(5):  # in turns, and as long: the clock of a shared machine wanders
+        alone.append(rate(lambda: [cvae.encode_images(big, part) for part in squares.split(32)], len(paths), 1))
+        prepare.append(rate(lambda: cvae.embed_photographs(big, paths, device), len(paths), 1))
+    speeds["CLIP alone, in prepare's precision"], speeds["prepare"] = sorted(alone)[2], sorted(prepare)[2]
+    with torch.no_grad():
+        speeds["CLIP alone, as clip.load gives it"] = rate(lambda: big.encode_image(squares[:32].float()), 32)
     import clip
     preprocess = clip.load("big.pt", device="cpu")[1]
     with torch.no_grad():
@@ -1260,8 +1264,7 @@ def test_speed(here, capsys):
 
     # training at 64 pixels, batch 16: the command; the same network in the most ordinary PyTorch; the report's network
     make_clip("small.pt")
-    cvae.main(["prepare", "--coco", str(coco), "--split", "val2017", "--words", "sheep", "cow", "horse", "grass", "hill",
-               "--clip", "small.pt"])
+    cvae.main(["prepare", "--coco", str(coco), "--split", "val2017", "--theme", "nature", "--clip", "small.pt"])
     capsys.readouterr()
     printed = []
     for number in range(3):
@@ -1272,8 +1275,10 @@ def test_speed(here, capsys):
     network = cvae.build_model({"latents": "report", "size": 64, "condition_dim": 16, "dropout": 0.3})
     speeds["the report's network"] = rate(lambda: report_steps(network, 2), 2 * 16)
     with capsys.disabled():
-        print("\n" + "\n".join(f"{name:28}{value:8.1f} images/s" for name, value in speeds.items()))
-    assert speeds["prepare"] > 0.9 * speeds["CLIP's forward pass alone"]
+        print("\n" + "\n".join(f"{name:36}{value:8.1f} images/s" for name, value in speeds.items()))
+    (HERE / ".pytest_cache").mkdir(exist_ok=True)
+    (HERE / ".pytest_cache/speed.json").write_text(json.dumps(speeds, indent=2))
+    assert speeds["prepare"] > 0.9 * speeds["CLIP alone, as clip.load gives it"]
     assert speeds["train"] > 2 * speeds["a plain baseline"]
 
 
@@ -1389,7 +1394,7 @@ def test_the_demo_meets_the_bars(here):
 
 def block_forward(self, h, style, film=True, residual=True):
     scale, shift = self.film(style)[:, :, None, None].chunk(2, dim=1) if film else (0, 0)
-    change = self.conv(F.silu(self.norm(h) * (1 + scale) + shift))
+    change = self.conv(F.silu(self.norm(h.float()) * (1 + scale) + shift))
     return h + change if residual else change
 
 
@@ -1434,7 +1439,7 @@ VARIANTS = {  # what is changed: options of train, a patch of cvae.py
     "flat and the report's loss": ("--latents flat --objective original", None),
     "levels awake from the start": ("", setting("WAKES", [0, 0, 0, 0])),
     "levels wake together": ("", setting("WAKES", [0.5, 0.5, 0.5, 0.5])),
-    "z_0 drawn from N(0, I)": ("", standard_normal),
+    "z_0 from a standard normal": ("", standard_normal),
     "no averaged weights": ("", lambda patch: patch.setattr(torch, "_foreach_lerp_", lambda a, b, _: torch._foreach_copy_(a, b))),
     "batch norm": ("", lambda patch: patch.setattr(nn, "GroupNorm", lambda _, width, affine=True: nn.BatchNorm2d(width, affine=affine))),
     "transposed convolutions": ("", transposed_convolutions),
