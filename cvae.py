@@ -914,7 +914,6 @@ def evaluate_elbo(model, images, conditions, device, objective=elbo_loss):
         squares += (picture.float() - x).square().sum().double()
         kl += kls.sum(0).double()
         loss += objective(picture, x, kls).double() * len(x) / len(images)
-    model.train()
     dimensions = images[0].numel()
     mse = squares / (len(images) * dimensions)
     kl = kl / len(images)
@@ -1092,13 +1091,6 @@ def train(args):
     model.condition_mean.copy_(conditions.mean((0, 1)))
     model.condition_std.copy_(conditions.flatten(0, 1).std(0) + 1e-6)
     forward = compiled(model, take(images, torch.arange(batch, device=device), device), conditions[:batch, 0])
-    # A running mean of the weights smooths out the jitter of single steps, and its samples look
-    # better; evaluation and sampling use it. Batch norm's statistics (in the report's network) are
-    # averaged along. Matching lists of tensors allow one fused update.
-    average = build_model(config).to(device, memory_format=torch.channels_last)
-    average.load_state_dict(model.state_dict())
-    averaged = [tensor for tensor in average.state_dict().values() if tensor.is_floating_point()]
-    current = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)  # one pass over all weights: a fifth of a CPU step saved
     objective = OBJECTIVES[config["objective"]]
@@ -1106,7 +1098,6 @@ def train(args):
     step, running, best, history, latent_prior = 0, 0.0, math.inf, [], None
     if args.resume:
         model.load_state_dict(checkpoint["model"])
-        average.load_state_dict(checkpoint["average"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, running, best, history, prior, latent_prior = (checkpoint[name] for name in (
             "step", "running", "best", "history", "prior", "latent_prior"))
@@ -1119,10 +1110,9 @@ def train(args):
 
     def save_checkpoint(name):
         content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "prior": prior,
-                   "latent_prior": latent_prior, "average": average.state_dict(), "history": history}
+                   "latent_prior": latent_prior, "model": model.state_dict(), "history": history}
         if name == "last.pt":  # what resuming needs, and sampling does not
-            content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                        "running": float(running), "best": best}
+            content |= {"optimizer": optimizer.state_dict(), "step": step, "running": float(running), "best": best}
         save(content, run / name)
 
     def must_be_finite(value):
@@ -1137,6 +1127,7 @@ def train(args):
     seconds, seen = 0.0, 0  # for the throughput after warm-up
     try:
         while step < total:
+            model.train()
             epoch = step // epoch_steps
             shuffle = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
             order = torch.randperm(len(images), generator=shuffle).to(images.device)
@@ -1160,8 +1151,6 @@ def train(args):
                     group["lr"] = learning_rate(step, total, config["lr"])
                 optimizer.step()
                 optimizer.zero_grad()
-                # a mean over the last twentieth of the run; shorter at first, to forget the random start
-                torch._foreach_lerp_(averaged, current, min(1, max(20 / total, 10 / (10 + step))))
                 running = running + loss.detach()
                 step += 1
                 bar.update(batch)
@@ -1174,10 +1163,10 @@ def train(args):
                     mark, marked = time.perf_counter(), step
             bar.close()
             if step % epoch_steps == 0:  # the epoch is complete
-                figures = evaluate_elbo(average, held_images, held_conditions, device, objective)
+                figures = evaluate_elbo(model, held_images, held_conditions, device, objective)
                 must_be_finite(figures["bpd"])
                 history.append({"train_loss": mean_loss, **figures})
-                latent_prior = fit_latent_prior(average, images, conditions, device)
+                latent_prior = fit_latent_prior(model, images, conditions, device)
                 running = 0.0
                 if figures["held_out_loss"] < best:
                     best = figures["held_out_loss"]
@@ -1185,7 +1174,7 @@ def train(args):
                 print(f"epoch {epoch + 1}: training loss {mean_loss:.3f}, held-out {figures['held_out_loss']:.3f}, "
                       f"{figures['bpd']:.3f} bits/dim, KL {figures['kl']:.0f} nats, PSNR {figures['psnr']:.1f} dB")
                 save_curves(run / "loss.png", history)
-                save_progress(run / "epoch.png", average, data, prior, latent_prior, config, device)
+                save_progress(run / "epoch.png", model, data, prior, latent_prior, config, device)
             save_checkpoint("last.pt")
             if interrupted and step < total:
                 raise KeyboardInterrupt(f"Stopped at step {step} of {total}, nothing is lost. Go on with: "
@@ -1209,10 +1198,10 @@ def checkpoint_path(name):
 
 
 def load_model(path, device):
-    """A trained model, ready to sample: model (averaged weights), its configuration, its two priors."""
+    """A trained model, ready to sample: model, its configuration, its two priors."""
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint["config"])
-    model.load_state_dict(checkpoint["average"])
+    model.load_state_dict(checkpoint["model"])
     priors = [gaussian and {name: part.to(device) for name, part in gaussian.items()}
               for gaussian in (checkpoint["prior"], checkpoint["latent_prior"])]
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint["config"], *priors

@@ -112,8 +112,8 @@ def cli(*argv, **options):
                           timeout=170, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
-def weights(path, which="average"):
-    return torch.load(path, weights_only=True)[which]
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
 
 
 def same_weights(a, b):
@@ -903,8 +903,7 @@ def test_control_c_saves_and_resuming_ends_as_if_undisturbed(world, here, monkey
     assert "--resume --run parts" in stop.value.code
     cvae.main(["train", "--resume", "--run", "parts"])
     whole, parts = (torch.load(f"{run}/last.pt", weights_only=True) for run in ("whole", "parts"))
-    for part in ("model", "average"):
-        assert same_weights(whole[part], parts[part])
+    assert same_weights(whole["model"], parts["model"])
     assert whole["history"] == parts["history"] and len(parts["history"]) == 3
 
 
@@ -928,8 +927,7 @@ def train_killed(world, run, kills, seed):
 def test_killed_at_random_moments_and_resumed(world, here):
     train_killed(world, here / "whole", 0, 0)
     train_killed(world, here / "killed", int(os.environ.get("KILLS", 3)), int(os.environ.get("SEED", 0)))
-    for part in ("model", "average"):
-        assert same_weights(weights("whole/last.pt", part), weights("killed/last.pt", part))
+    assert same_weights(weights("whole/last.pt"), weights("killed/last.pt"))
 
 
 def test_resume_refuses_other_data(world, here):
@@ -1440,7 +1438,6 @@ VARIANTS = {  # what is changed: options of train, a patch of cvae.py
     "levels awake from the start": ("", setting("WAKES", [0, 0, 0, 0])),
     "levels wake together": ("", setting("WAKES", [0.5, 0.5, 0.5, 0.5])),
     "z_0 from a standard normal": ("", standard_normal),
-    "no averaged weights": ("", lambda patch: patch.setattr(torch, "_foreach_lerp_", lambda a, b, _: torch._foreach_copy_(a, b))),
     "batch norm": ("", lambda patch: patch.setattr(nn, "GroupNorm", lambda _, width, affine=True: nn.BatchNorm2d(width, affine=affine))),
     "transposed convolutions": ("", transposed_convolutions),
     "no residual connections": ("", lambda patch: patch.setattr(cvae.Block, "forward", functools.partialmethod(block_forward, residual=False))),
