@@ -1322,12 +1322,12 @@ def colours(pictures):
 
 
 def judge_pixels(run):
-    """How many samples show the animal, the ground and the sky that was asked for: eight of each of the 36 combinations."""
+    """How many samples show the animal, the ground and the sky that was asked for: 24 of each of the 36 combinations."""
     model, config, prior, latent_prior = cvae.load_model(run / "best.pt", torch.device("cpu"))
     prompts = cvae.encode_texts(cvae.load_clip(config["clip"]),
                                 [cvae.caption_scene(*scene, number % 3 + 1) for number, scene in enumerate(SCENES)])
     torch.manual_seed(0)
-    own = torch.arange(len(SCENES)).repeat_interleave(8)
+    own = torch.arange(len(SCENES)).repeat_interleave(24)
     pictures = model.generate(cvae.text_conditions(prompts[own], prior), latent_prior, cvae.TEMPERATURE)
     answers = dict(zip(("animal", "ground", "sky"), (train_judge()(pictures), *reversed(colours(pictures)))))
     unseen = torch.tensor([SCENES[i] in cvae.UNSEEN for i in own.tolist()])
