@@ -1348,6 +1348,7 @@ def test_the_demo_meets_the_bars(here):
     evaluation = json.loads((run / "evaluation.json").read_text())
     table = evaluation["table"]
     figures = {"demo, minutes": minutes, "bits per dimension": evaluation["bpd"]}
+    figures["minutes of training"] = ((run / "last.pt").stat().st_mtime - Path("data/toy.pt").stat().st_mtime) / 60
     figures["R-precision relative to photographs"] = table["samples"]["R-precision"] / table["photographs"]["R-precision"]
     figures["diversity relative to photographs"] = table["samples"]["diversity"] / table["photographs"]["diversity"]
 
@@ -1380,7 +1381,7 @@ def test_the_demo_meets_the_bars(here):
     (HERE / ".pytest_cache").mkdir(exist_ok=True)
     (HERE / ".pytest_cache/bars.json").write_text(json.dumps(figures, indent=2))
 
-    assert minutes < 5 and figures["the report, minutes of training"] > minutes
+    assert minutes < 5 and figures["the report, minutes of training"] > figures["minutes of training"]
     assert figures["bits per dimension"] < figures["the report, bits per dimension"] - 1.8
     assert figures["R-precision relative to photographs"] > 0.8 and figures["diversity relative to photographs"] > 0.7
     assert min(figures["sky"], figures["ground"]) > 0.97 and figures["animal"] > 0.8
