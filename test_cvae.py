@@ -1460,9 +1460,9 @@ VARIANTS = {  # what is changed: options of train, a patch of cvae.py
 
 @pytest.mark.ablations
 def test_ablations(here, monkeypatch, capsys):
-    """Six epochs of the toy world, fifteen of the real photographs; three seeds where it would be close.
+    """Six epochs of the toy world, fifteen of the real photographs.
 
-    ABLATE="a, b" tries only these. The table is also kept in .pytest_cache/ablations.json.
+    ABLATE="a, b" tries only these, SEEDS="0,1,2" repeats them. The table is also kept in .pytest_cache/ablations.json.
     """
     chosen = os.environ.get("ABLATE", ",".join(VARIANTS)).split(",")
     seeds = [int(seed) for seed in os.environ.get("SEEDS", "0").split(",")]
