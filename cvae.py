@@ -9,7 +9,7 @@
                                                └► ladder ◄──┴─── + c ◄──┘
                                                   decoder ──► picture
 
-    to sample:   prompt ─► CLIP's text encoder ─► prior ─► c,   z ~ N(0, I),   decoder ─► picture
+    to sample:   prompt ─► CLIP's text encoder ─► prior ─► c,   z drawn given c,   decoder ─► picture
 
 The quickest tour needs neither a download nor a GPU (five minutes on two cores):
 
@@ -556,8 +556,8 @@ def fit_prior(data):
 # A VAE (Kingma & Welling 2013, arXiv 1312.6114) has two halves. The encoder q(z | x, c) looks at a
 # picture and says which latents z could have made it; the decoder p(x | z, c) makes a picture from
 # latents. The condition c enters both, and for different reasons: the encoder needs it so that z need
-# not store what c already says; the decoder needs it because at sampling time z ~ N(0, I) is noise and c
-# is all that it knows about the prompt.
+# not store what c already says; the decoder needs it because at sampling time z is noise and c is all
+# that it knows about the prompt.
 #
 # One latent vector makes fog. Where exactly each blade of grass stands is not in a 128-number z, so the
 # best picture a squared error can ask for is the average over all lawns: a smear. The ladder gives each
