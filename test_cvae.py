@@ -571,7 +571,9 @@ def test_addresses_that_are_not_http_are_not_opened(here, url, capsys):
 def test_control_c_during_the_download_then_the_same_command(here, world, mirror):
     mirror.faults = {photograph(n): ["stall"] * 9 for n in range(8, 24)}
     process = subprocess.Popen([sys.executable, str(HERE / "cvae.py"), *download(world, mirror)], cwd=here,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               # a shell that starts the tests in the background makes them deaf to Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     folder = here / "data/coco/train2017"
     wait_for(lambda: folder.exists() and len(list(folder.glob("0*.jpg"))) >= 8)
     process.send_signal(signal.SIGINT)
