@@ -573,7 +573,7 @@ def fit_prior(data):
 
 WIDTHS = {4: 192, 8: 128, 16: 64, 32: 32, 64: 16}  # channels at each resolution: equal work at each
 LATENT_DIM = 128     # numbers in the global latent z_0
-LEVEL_CHANNELS = 4   # channels of each spatial latent
+LATENT_CHANNELS = 4  # channels of each spatial latent
 STYLE = 256          # width of the vector that modulates the decoder
 
 
@@ -609,16 +609,21 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """One rung of the decoder: double the resolution, settle this level's latent, refine."""
+    """One rung of the decoder: double the resolution, settle this level's latent, refine.
+
+    Each cell of the map above becomes a 2x2 patch with values of its own (sub-pixel convolution, Shi et al.
+    2016, arXiv 1609.05158). Copying the cell four times would leave it to the blocks to tell the
+    copies apart, and outlines drawn so are soft.
+    """
 
     def __init__(self, channels_above, channels, latents):
         super().__init__()
-        self.shrink = nn.Conv2d(channels_above, channels, 1)
+        self.enlarge = nn.Conv2d(channels_above, 4 * channels, 1)
         self.before, self.after = Block(channels), Block(channels)
         if latents:
-            self.prior = nn.Conv2d(channels, 2 * LEVEL_CHANNELS, 3, padding=1)
-            self.posterior = nn.Conv2d(2 * channels, 2 * LEVEL_CHANNELS, 3, padding=1)
-            self.inject = nn.Conv2d(LEVEL_CHANNELS, channels, 1)
+            self.prior = nn.Conv2d(channels, 2 * LATENT_CHANNELS, 3, padding=1)
+            self.posterior = nn.Conv2d(2 * channels, 2 * LATENT_CHANNELS, 3, padding=1)
+            self.inject = nn.Conv2d(LATENT_CHANNELS, channels, 1)
             for head in (self.prior, self.posterior):  # at first both are N(0, 1) and the KL is zero
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
@@ -680,7 +685,7 @@ class CVAE(nn.Module):
         h = self.top(self.to_grid(h).view(-1, WIDTHS[4], 4, 4), style)        # (N, 192, 4, 4)
         kls, latents = [], []
         for index, level in enumerate(self.levels):
-            h = F.interpolate(level.shrink(h), scale_factor=2)                # (N, C, 8, 8), 16, ...
+            h = F.pixel_shuffle(level.enlarge(h), 2)                          # (N, C, 8, 8), 16, ...
             h = level.before(h, style)
             if self.ladder:
                 seen = F.silu(h)
@@ -725,48 +730,9 @@ class CVAE(nn.Module):
         return torch.cat(pictures)
 
 
-class ReportCVAE(CVAE):
-    """The report's network, layer by layer, to measure against: `--latents report`."""
-
-    def __init__(self, size, condition_dim, latents="report", dropout=0.3):
-        nn.Module.__init__(self)
-        self.register_buffer("awake", torch.zeros(0))
-        self.register_buffer("condition_mean", torch.zeros(condition_dim))
-        self.register_buffer("condition_std", torch.ones(condition_dim))
-
-        def layer(conv):
-            return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.LeakyReLU())
-
-        plan = [(256, 3, 2), (256, 5, 2), (128, 5, 2), (128, 3, 1), (32, 5, 1 if size == 64 else 2)]
-        self.encoder = nn.Sequential(*[
-            layer(nn.Conv2d(above, width, kernel, stride=2, padding=kernel // 2))
-            for above, width, kernel in [(3, 256, 3), (256, 256, 5), (256, 128, 3), (128, 128, 3)]])
-        self.dense = nn.Sequential(nn.Linear(128 * (size // 16) ** 2 + condition_dim, 2048), nn.LeakyReLU(),
-                                   nn.Linear(2048, 2048), nn.LeakyReLU(), nn.Linear(2048, 1024), nn.LeakyReLU())
-        self.to_latent = nn.Linear(1024, 2 * LATENT_DIM)
-        self.dropout = nn.Dropout(dropout)
-        self.shrink = nn.Linear(condition_dim, 32)
-        self.to_grid = nn.Linear(LATENT_DIM + 32, 256 * 8 * 8)
-        self.decoder = nn.Sequential(*[
-            layer(nn.ConvTranspose2d(above, width, kernel, stride, kernel // 2, output_padding=stride - 1))
-            for above, (width, kernel, stride) in zip([256] + [width for width, _, _ in plan], plan)])
-        self.to_pixels = nn.Conv2d(32, 3, 5, padding=2)
-
-    def encode(self, x, condition):
-        h = torch.cat([self.encoder(x).flatten(1), self.standardise(condition)], dim=1)
-        mu, logvar = self.to_latent(self.dense(h)).chunk(2, dim=1)
-        return mu, logvar.clamp(-10, 10), None
-
-    def decode(self, z, condition, features=None, given=(), temperature=1.0):
-        h = torch.cat([self.dropout(z), self.shrink(self.standardise(condition))], dim=1)
-        h = self.decoder(self.to_grid(h).view(-1, 256, 8, 8))
-        return torch.sigmoid(self.to_pixels(h).float()), [], []
-
-
 def build_model(config):
     """The network that a run's configuration describes."""
-    network = ReportCVAE if config["latents"] == "report" else CVAE
-    return network(config["size"], config["condition_dim"], config["latents"], config["dropout"])
+    return CVAE(config["size"], config["condition_dim"], config["latents"], config["dropout"])
 
 
 # %% 4. The objective -------------------------------------------------------------------------------
@@ -850,13 +816,13 @@ OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 # All randomness of step n comes from a generator seeded with (seed, n). So a run is determined by its
 # configuration, and resuming needs no more than weights, optimiser state and n.
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 # The ladder sleeps at first. Left to itself it learns from the bottom: fine levels can copy a picture
 # detail by detail, so they do, and z_0 and the condition are left with nothing to say. Reconstructions are
 # then superb and samples are fog. So at first only z_0 counts (a flat VAE), and it learns what stands
 # where; then the levels wake one by one, coarse before fine, and each adds what those above can't hold.
 # (The ladder VAE warms up its KL for the same reason, Sonderby et al. 2016.)
-WAKES = [0.4, 0.5, 0.6, 0.7]  # of all steps: when the 8x8, 16x16, 32x32 and 64x64 latents begin to count
+WAKES = [0.3, 0.4, 0.5, 0.6]  # of all steps: when the 8x8, 16x16, 32x32 and 64x64 latents begin to count
 
 WARM_UP = 50  # steps: the learning rate rises over these, and throughput is measured after them
 
@@ -942,10 +908,11 @@ def fit_latent_prior(model, images, conditions, device):
 
 
 def learning_rate(step, total, peak):
-    """Linear warm-up, then a cosine down to zero (SGDR's first arc, arXiv 1608.03983)."""
-    if step < WARM_UP:
-        return peak * (step + 1) / WARM_UP
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, total - WARM_UP)))
+    """Linear warm-up, a plateau, and a linear descent to zero over the last 40% of the steps.
+
+    The plateau is for the levels: under a cosine, the finest would wake when half of the rate is gone.
+    """
+    return peak * min(1, (step + 1) / WARM_UP, (total - step) / (0.4 * total))
 
 
 def arithmetic_per_image(model, x, condition):
@@ -962,7 +929,10 @@ def peak_memory(device):
     """The most memory used so far, in GB: the GPU's if there is one, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
@@ -974,7 +944,9 @@ def compiled(model, x, condition):
     try:
         forward = torch.compile(model)
         with autocast(x.device):
-            forward(x, condition)
+            picture, kl = forward(x, condition)
+        elbo_loss(picture, x, kl).backward()  # the backward pass is compiled when it first runs
+        model.zero_grad()
         return forward
     except Exception as error:  # no C compiler, no Triton, ...: the lesson goes on, slower
         print(f"torch.compile can't be used here ({first_line(error)}); training goes on without it.")
@@ -1216,7 +1188,7 @@ def load_clip_of(config, device, name=None):
     return clip_model
 
 
-TEMPERATURE = 0.5  # scales noise: 1 shows all the variety that the model believes in, mistakes included
+TEMPERATURE = 0.6  # scales noise: 1 shows all the variety that the model believes in, mistakes included
 
 
 def text_conditions(texts, prior, temperature=TEMPERATURE):
@@ -1716,8 +1688,8 @@ def parse_arguments(argv=None):
                    help="dropout on the global latent; 0.3 if no P is given")
     p.add_argument("--condition", choices=["image", "text"], default="image",
                    help="embedding to condition on: the photograph's, or one of its captions'")
-    p.add_argument("--latents", choices=["ladder", "flat", "report"], default="ladder",
-                   help="latents at every resolution, only the global one, or the report's network")
+    p.add_argument("--latents", choices=["ladder", "flat"], default="ladder",
+                   help="latents at every resolution, or only the global one")
     p.add_argument("--objective", choices=OBJECTIVES, default="elbo", help="the ELBO or the report's loss")
     p.add_argument("--epochs", type=between(int, 1, 100_000), default=25)
     p.add_argument("--batch", type=between(int, 1, 4096), default=32)
