@@ -379,7 +379,7 @@ def clip_fingerprint(model):
 def encode_images(model, images):
     """Embed pictures with CLIP: uint8 or [0, 1] float (N, 3, H, H) -> unit vectors (N, D)."""
     resolution, embeddings = model.visual.input_resolution, []
-    for part in images.split(64):
+    for part in tqdm(images.split(64), desc="CLIP, images", leave=False, disable=len(images) <= 256):
         pixels = part.float() / 255 if part.dtype == torch.uint8 else part
         if pixels.shape[-1] != resolution:
             pixels = F.interpolate(pixels, (resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
@@ -421,15 +421,21 @@ def decode_batch(paths, clip_size):
     return readable, torch.stack(for_clip or empty), torch.stack(for_vae or empty)
 
 
+def let_clip_go_first(worker):
+    """Give a decoding worker low priority: it works while CLIP waits, and steps aside while CLIP computes."""
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(10)
+
+
 def embed_photographs(model, paths, device, batch=32):
     """Decode photographs in worker processes while CLIP embeds those that are ready.
 
     Returns the indices of the readable ones, their pixels uint8 (M, 3, 128, 128) and their
-    embeddings (M, D). Decoding takes a few milliseconds and CLIP's forward pass more, so a few
-    workers keep CLIP busy; a list of paths and a collate function are all the DataLoader needs.
+    embeddings (M, D). A list of paths and a collate function are all that the DataLoader needs.
     """
-    workers = min(8, os.cpu_count() or 1) if len(paths) > batch else 0
+    workers = min(os.cpu_count() or 1, len(paths) // batch)  # no more of them than batches
     loader = torch.utils.data.DataLoader(paths, batch, num_workers=workers, prefetch_factor=4 if workers else None,
+                                         worker_init_fn=let_clip_go_first,
                                          collate_fn=partial(decode_batch, clip_size=model.visual.input_resolution))
     kept, pixels, embeddings = [], [], []
     with tqdm(total=len(paths), desc="CLIP, images", unit="img") as bar:
@@ -543,7 +549,7 @@ def fit_prior(data):
     texts = data["caption_embeddings"][held].flatten(0, 1)                              # (5M, D)
     images = data["image_embeddings"][held].repeat_interleave(CAPTIONS, 0)              # (5M, D)
     best, best_cosine = None, -math.inf
-    for strength in torch.logspace(-5, 1, 13):
+    for strength in tqdm(torch.logspace(-5, 1, 13), desc="prior", leave=False):
         prior = fit_conditional(x, y, strength)
         predicted = F.normalize(draw_conditional(prior, texts, temperature=0), dim=-1)
         cosine = (predicted * images).sum(-1).mean().item()
@@ -1595,7 +1601,8 @@ def train_toy_clip(root, path, steps=600, batch=128):
         import clip
         from clip.model import CLIP
     photographs = read_captions(root / "annotations/captions_toy.json", SUBJECTS)
-    _, pixels, _ = decode_batch([root / "toy" / p["file_name"] for p in photographs], 48)
+    pixels = torch.stack([centre_square(decode(root / "toy" / p["file_name"], 48), 48)
+                          for p in tqdm(photographs, desc="reading pastures", unit="img")])
     pixels = (pixels / 255 - CLIP_MEAN) / CLIP_STD                                     # (N, 3, 48, 48)
     texts = [caption for p in photographs for caption in p["captions"]]
     tokens = clip.tokenize(texts, 24).view(len(photographs), CAPTIONS, 24)             # (N, 5, 24)
@@ -1723,7 +1730,7 @@ def parse_arguments(argv=None):
     p.add_argument("--clip", help="the run's CLIP, if its file has moved")
 
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, five minutes")
-    p.add_argument("--epochs", type=between(int, 1, 1000), default=14, help="fewer is quicker and worse")
+    p.add_argument("--epochs", type=between(int, 1, 1000), default=10, help="fewer is quicker and worse")
     return parser.parse_args(argv)
 
 
