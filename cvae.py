@@ -1751,5 +1751,5 @@ def main(argv=None):
         sys.exit(f"\n{message}")
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__" and "ipykernel" not in sys.modules:
+    main()  # in a notebook, call it yourself: main(["sample", "sheep on a hill"])
