@@ -262,6 +262,8 @@ def fetch_annotations(folder, split, base_url):
     try:  # take this one member out by its name; the names inside the archive are never used as paths
         with zipfile.ZipFile(archive) as bundle, atomic(path) as temporary:
             temporary.write_bytes(bundle.read(member))
+    except FileNotFoundError:  # another prepare, running beside this one, was faster and has cleaned up
+        pass
     except (KeyError, zipfile.BadZipFile) as error:
         raise Stop(f"{url} holds no readable {member} ({first_line(error)}).") from error
     finally:

@@ -613,6 +613,18 @@ def test_two_prepares_at_once(here, world, mirror):
     assert not list(here.rglob(".*part*"))
 
 
+def test_another_prepare_may_take_the_captions_out_first(here, monkeypatch):
+    captions = here / "annotations/captions_train2017.json"
+
+    def fetch(*_):  # by the time that our archive has arrived, the other one has finished and removed it
+        captions.parent.mkdir()
+        captions.write_text("{}")
+
+    monkeypatch.setattr(cvae, "fetch", fetch)
+    assert cvae.fetch_annotations(here, "train2017", "http://127.0.0.1:9") == captions
+    assert captions.read_text() == "{}"
+
+
 def test_a_disk_that_fills_during_the_download(here, world, mirror, monkeypatch, hurry):
     real_open, written = open, []
 
