@@ -9,6 +9,7 @@ import http.server
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -1551,7 +1552,7 @@ def flips(patch):
 
 
 def cosine(step, total, peak):
-    return peak * min((step + 1) / cvae.WARM_UP, 0.5 * (1 + np.cos(np.pi * step / total)))
+    return peak * min((step + 1) / cvae.WARM_UP, 0.5 * (1 + math.cos(math.pi * step / total)))
 
 
 def standard_normal(patch):
