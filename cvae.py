@@ -826,8 +826,8 @@ OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 
 CHECKPOINT_VERSION = 2
 # The ladder sleeps at first. Left to itself it learns from the bottom: fine levels can copy a picture
-# detail by detail, so they do, and z_0 and the condition are left with nothing to say. Reconstructions are
-# then superb and samples are fog. So at first only z_0 counts (a flat VAE), and it learns what stands
+# detail by detail, so they do, and nothing makes z_0 and the condition say what stands where. Reconstructions
+# are then superb and samples are fog. So at first only z_0 counts (a flat VAE), and it learns what stands
 # where; then the levels wake one by one, coarse before fine, and each adds what those above can't hold.
 # (The ladder VAE warms up its KL for the same reason, Sonderby et al. 2016.)
 WAKES = [0.3, 0.4, 0.5, 0.6]  # of all steps: when the 8x8, 16x16, 32x32 and 64x64 latents begin to count
