@@ -1369,9 +1369,9 @@ def test_speed(here, capsys):
         print("\n" + "\n".join(f"{name:36}{value:8.1f} images/s" for name, value in speeds.items()))
         print("prepare relative to CLIP alone:", *(f"{b / a:.3f}" for a, b in zip(alone, prepare)))
     keep("speed.json", speeds)
+    assert speeds["train"] > 2 * speeds["a plain baseline"]
     ratio = sorted(b / a for a, b in zip(alone, prepare))[2]  # each pair was measured back to back
     assert ratio > 0.9, f"prepare reaches {ratio:.2f} of CLIP alone"
-    assert speeds["train"] > 2 * speeds["a plain baseline"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1481,6 +1481,9 @@ def test_the_demo_meets_the_bars(here):
             > figures["R-precision across ViT-B/32's gap, without the prior"] + 0.2)
 
 
+SHOWN = [192607, 293300, 405279, 420916, 516677, 350405, 83540, 490515]  # assets/ATTRIBUTION.md has their licences
+
+
 @needs_shared
 @pytest.mark.bars
 @pytest.mark.parametrize("size, batch, epochs", [(64, 16, 40), (128, 8, 40)])
@@ -1498,11 +1501,10 @@ def test_real_photographs_meet_the_bar(here, size, batch, epochs):
     print(json.dumps(figures, indent=2))
     keep(f"coco-{size}.json", figures)
 
-    # a picture of held-out photographs whose licences allow it: assets/reconstructions.jpg
+    # a picture of held-out photographs with licences that allow it and nobody to recognise: assets/reconstructions.jpg
     data, device = cvae.load_data(cvae.DATA), torch.device("cpu")
-    licences = {image["id"]: image["license"] for image in
-                json.loads((SHARED / "annotations/captions_val2017.json").read_bytes())["images"]}
-    free = [i for i in data["held_out"].nonzero()[:, 0].tolist() if licences[data["ids"][i].item()] in (4, 5, 7, 8)][:8]
+    free = [data["ids"].tolist().index(number) for number in SHOWN]
+    assert data["held_out"][free].all()
     x, condition = cvae.take(cvae.pool_images(data["images"][free], size), torch.arange(len(free)), device), data["image_embeddings"][free]
     rows = [x]
     for run, network in (("report", ReportCVAE), ("ladder", cvae.CVAE)):
@@ -1510,7 +1512,6 @@ def test_real_photographs_meet_the_bar(here, size, batch, epochs):
             patch.setattr(cvae, "CVAE", network)
             rows.append(cvae.load_model(f"{run}/last.pt", device)[0](x, condition)[0])
     cvae.save_grid(KEPT / f"reconstructions-{size}.png", rows, ["held-out photographs", "the report's network and loss", "the ladder"])
-    print("photographs:", data["ids"][free].tolist())
     assert figures["the report, minutes"] > figures["ladder, minutes"]
     assert figures["bpd"] < figures["the report, bits per dimension"] - 1
 
