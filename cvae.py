@@ -954,11 +954,12 @@ def compiled(model, x, condition):
         with autocast(x.device):
             picture, kl = forward(x, condition)
         elbo_loss(picture, x, kl).backward()  # the backward pass is compiled when it first runs
-        model.zero_grad()
         return forward
     except Exception as error:  # no C compiler, no Triton, ...: the lesson goes on, slower
         print(f"torch.compile can't be used here ({first_line(error)}); training goes on without it.")
         return model
+    finally:
+        model.zero_grad()  # also where the backward pass broke off half-way
 
 
 def save_grid(path, rows, labels):
