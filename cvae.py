@@ -982,7 +982,8 @@ def save_grid(path, rows, labels):
             axis.set_anchor("W")
         figure.tight_layout(pad=0.3)
         with atomic(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
+            # a quarter of the time for a fifth more bytes: a picture is written after every epoch
+            figure.savefig(temporary, dpi=150, format="png", pil_kwargs={"compress_level": 1})
         plt.close(figure)
 
 
