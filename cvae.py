@@ -271,23 +271,24 @@ def fetch_annotations(folder, split, base_url):
     return path
 
 
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file that unpacks to gigabytes is refused
+
+
 def decode(path, box):
     """Open a photograph as a PIL RGB image, no smaller than it takes to make a square of `box` pixels.
 
     Raises OSError or ValueError for whatever is not a whole, sane picture.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(path) as photograph:
-                photograph.draft("RGB", (box, box))  # JPEG can decode straight to 1/2, 1/4, 1/8: much faster
-                photograph.load()
-                if photograph.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
-                    photograph = Image.fromarray((np.asarray(photograph) // 257).astype(np.uint8))
-                ImageOps.exif_transpose(photograph, in_place=True)
-                return photograph if photograph.mode == "RGB" else photograph.convert("RGB")
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning, SyntaxError) as error:
-            raise ValueError(first_line(error)) from error
+    try:
+        with Image.open(path) as photograph:
+            photograph.draft("RGB", (box, box))  # JPEG can decode straight to 1/2, 1/4, 1/8: much faster
+            photograph.load()
+            if photograph.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
+                photograph = Image.fromarray((np.asarray(photograph) // 257).astype(np.uint8))
+            ImageOps.exif_transpose(photograph, in_place=True)
+            return photograph if photograph.mode == "RGB" else photograph.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, SyntaxError) as error:
+        raise ValueError(first_line(error)) from error
 
 
 def centre_square(photograph, size):
@@ -401,58 +402,74 @@ def encode_texts(model, texts):
     import clip
     device = model.text_projection.device
     embeddings = []
-    for start in range(0, len(texts), 256):
-        tokens = clip.tokenize(texts[start:start + 256], model.context_length, truncate=True)  # (n, 77)
-        embeddings.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
+    for start in range(0, len(texts), 64):
+        tokens = clip.tokenize(texts[start:start + 64], model.context_length, truncate=True)    # (n, 77)
+        # the end token has the largest number; CLIP reads from left to right, so the zeros that follow
+        # the longest caption's end change nothing, and captions are short: most of the work is saved
+        tokens = tokens[:, :int(tokens.argmax(1).max()) + 1]
+        with autocast(torch.device("cpu")):
+            embeddings.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
     return torch.cat(embeddings)
 
 
 def decode_batch(paths, clip_size):
-    """Worker's job: paths -> which were readable, squares for CLIP, squares for the VAE (both uint8)."""
-    readable, for_clip, for_vae = [], [], []
-    for path in paths:
+    """Paths -> indices of the readable ones, sentences about the others, squares for CLIP and for the VAE, uint8."""
+    good, problems = [], []
+    for_clip = torch.empty(len(paths), 3, clip_size, clip_size, dtype=torch.uint8)
+    for_vae = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
+    for number, path in enumerate(paths):
         try:
             photograph = decode(path, max(clip_size, SIZE))
         except (OSError, ValueError) as error:
-            readable.append(f"{path}: {first_line(error)}")
+            problems.append(f"{path}: {first_line(error)}")
             continue
-        readable.append("")
-        for_clip.append(centre_square(photograph, clip_size))
-        for_vae.append(centre_square(photograph, SIZE))
-    empty = [torch.empty(0, 3, 1, 1, dtype=torch.uint8)]
-    return readable, torch.stack(for_clip or empty), torch.stack(for_vae or empty)
-
-
-def let_clip_go_first(worker):
-    """Give a decoding worker low priority: it works while CLIP waits, and steps aside while CLIP computes."""
-    if hasattr(os, "nice"):  # not on Windows
-        os.nice(10)
+        for_clip[number] = centre_square(photograph, clip_size)
+        for_vae[number] = centre_square(photograph, SIZE)
+        good.append(number)
+    return good, problems, for_clip[good], for_vae[good]
 
 
 def embed_photographs(model, paths, device, batch=32):
-    """Decode photographs in worker processes while CLIP embeds those that are ready.
+    """Decode photographs and embed them with CLIP, as fast as the hardware allows.
 
     Returns the indices of the readable ones, their pixels uint8 (M, 3, 128, 128) and their
-    embeddings (M, D). A list of paths and a collate function are all that the DataLoader needs.
+    embeddings (M, D).
     """
-    workers = min(os.cpu_count() or 1, len(paths) // batch)  # no more of them than batches
-    loader = torch.utils.data.DataLoader(paths, batch, num_workers=workers, prefetch_factor=4 if workers else None,
-                                         worker_init_fn=let_clip_go_first,
-                                         collate_fn=partial(decode_batch, clip_size=model.visual.input_resolution))
+    decode_some = partial(decode_batch, clip_size=model.visual.input_resolution)
+    cores = torch.get_num_threads()
+    pool = ThreadPoolExecutor(cores)
+
+    def embed(decoded):
+        good, problems, for_clip, for_vae = decoded
+        return good, problems, for_vae, encode_images(model, for_clip.to(device)).cpu() if good else None
+
+    if device.type == "cpu":
+        # Each core works through batches of its own. Threads that share a batch wait for each other after
+        # every layer, longest when one of them has just lost its core to the decoding of the next batch.
+        torch.set_num_threads(1)
+        batches = [paths[start:start + batch] for start in range(0, len(paths), batch)]
+        embedded = pool.map(lambda some: embed(decode_some(some)), batches)
+    else:  # worker processes decode ahead of the GPU; a DataLoader needs no more than a list and a collate function
+        workers = max(1, min(os.cpu_count() or 1, len(paths) // batch))
+        embedded = map(embed, torch.utils.data.DataLoader(paths, batch, num_workers=workers, prefetch_factor=4,
+                                                          collate_fn=decode_some))
     kept, pixels, embeddings = [], [], []
-    with tqdm(total=len(paths), desc="CLIP, images", unit="img") as bar:
-        for readable, for_clip, for_vae in loader:
-            good = [i for i, problem in enumerate(readable) if not problem]
-            for problem in filter(None, readable):
-                tqdm.write(f"skipped: {problem}")
-            kept += [bar.n + i for i in good]
-            if good:
-                pixels.append(for_vae)
-                embeddings.append(encode_images(model, for_clip.to(device)))
-            bar.update(len(readable))
+    try:
+        with tqdm(total=len(paths), desc="CLIP, images", unit="img") as bar:
+            for good, problems, for_vae, embedding in embedded:
+                for problem in problems:
+                    tqdm.write(f"skipped: {problem}")
+                if good:
+                    kept += [bar.n + number for number in good]
+                    pixels.append(for_vae)
+                    embeddings.append(embedding)
+                bar.update(len(good) + len(problems))
+    finally:  # also on Ctrl-C: what has not started never does
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
     if not kept:
         raise Stop("None of the photographs is there and can be read.")
-    return kept, torch.cat(pixels), torch.cat(embeddings).cpu()
+    return kept, torch.cat(pixels), torch.cat(embeddings)
 
 
 def prepare(args):

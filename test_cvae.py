@@ -313,7 +313,7 @@ def test_the_crop_is_centred_and_keeps_the_shape_of_things():
     assert red.any(0).nonzero().float().mean() == pytest.approx(49.5)
 
 
-def test_embeddings_agree_with_clips_own_preprocessing(world):
+def test_embeddings_agree_with_clips_own_preprocessing(world, monkeypatch):
     import clip
     warnings.simplefilter("ignore")
     model, preprocess = clip.load(str(world / "clip.pt"), device="cpu")
@@ -325,10 +325,42 @@ def test_embeddings_agree_with_clips_own_preprocessing(world):
     confusion = (theirs @ theirs.T)[~torch.eye(len(paths), dtype=torch.bool)]
     assert agreement.min() > 0.999  # the resampling differs by rounding only
     assert agreement.min() > confusion.quantile(0.9)
-    captions = ["a sheep", "two cows at night"]
+    captions = ["a sheep", "two cows at night", "one cow " * 60]  # the last is cut, the first is mostly padding
     with torch.no_grad():
-        theirs = F.normalize(model.encode_text(clip.tokenize(captions)).float(), dim=1)
-    torch.testing.assert_close(cvae.encode_texts(model, captions), theirs)
+        theirs = F.normalize(model.encode_text(clip.tokenize(captions, truncate=True)).float(), dim=1)
+    torch.testing.assert_close(cvae.encode_texts(model, captions), theirs, atol=0.01, rtol=0)
+    monkeypatch.setattr(cvae, "autocast", lambda device: torch.autocast("cpu", enabled=False))
+    for caption, expected in zip(captions, theirs):  # one by one, each is cut at its own end
+        torch.testing.assert_close(cvae.encode_texts(model, [caption])[0], expected, atol=1e-5, rtol=0)
+
+
+def test_what_a_gpu_would_be_sent(world, here, monkeypatch):
+    """On CUDA worker processes decode; here "CUDA" is the CPU, whose own way is the oracle."""
+    model, cpu = cvae.load_clip(str(world / "clip.pt")), torch.device("cpu")
+    paths = sorted((world / "coco/val2017").glob("*.jpg"))
+    (here / "page.jpg").write_bytes(b"<html>not found</html>")
+    paths.insert(3, here / "page.jpg")
+    kept, pixels, embeddings = cvae.embed_photographs(model, paths, cpu, batch=4)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+    theirs = cvae.embed_photographs(model, paths, torch.device("cuda"), batch=4)
+    assert kept == theirs[0] == [i for i in range(25) if i != 3]
+    assert torch.equal(pixels, theirs[1])
+    torch.testing.assert_close(embeddings, theirs[2], atol=0.01, rtol=0)
+
+
+def test_embedding_stops_at_an_interruption_and_gives_the_threads_back(world, monkeypatch):
+    began, threads = [], torch.get_num_threads()
+
+    def interrupted(*_):
+        began.append(torch.get_num_threads())
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cvae, "encode_images", interrupted)
+    paths = sorted((world / "coco/val2017").glob("*.jpg")) * 4
+    with pytest.raises(KeyboardInterrupt):
+        cvae.embed_photographs(cvae.load_clip(str(world / "clip.pt")), paths, torch.device("cpu"), batch=1)
+    assert len(began) < 50 and set(began) == {1} and torch.get_num_threads() == threads
 
 
 @pytest.mark.slow
