@@ -263,15 +263,12 @@ def fetch_annotations(folder, split, base_url):
         with zipfile.ZipFile(archive) as bundle, atomic(path) as temporary:
             temporary.write_bytes(bundle.read(member))
     except FileNotFoundError:  # another prepare, running beside this one, was faster and has cleaned up
-        pass
+        torch.set_num_threads(cores)
     except (KeyError, zipfile.BadZipFile) as error:
         raise Stop(f"{url} holds no readable {member} ({first_line(error)}).") from error
     finally:
         archive.unlink(missing_ok=True)
     return path
-
-
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file that unpacks to gigabytes is refused
 
 
 def decode(path, box):
@@ -287,7 +284,7 @@ def decode(path, box):
                 photograph = Image.fromarray((np.asarray(photograph) // 257).astype(np.uint8))
             ImageOps.exif_transpose(photograph, in_place=True)
             return photograph if photograph.mode == "RGB" else photograph.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, SyntaxError) as error:
+    except (Image.DecompressionBombError, SyntaxError) as error:  # a bomb: a small file that unpacks to gigabytes
         raise ValueError(first_line(error)) from error
 
 

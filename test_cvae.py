@@ -37,6 +37,7 @@ import cvae
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared" / "coco"
 KEPT = HERE / ".pytest_cache"  # where measurements leave their figures
+THREADS = torch.get_num_threads()
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not on this machine")
 
 
@@ -298,7 +299,7 @@ def test_one_pixel_wide_and_rotated_pictures(here):
     assert abs(upright.mean((0, 1))[-1] - upright.mean((0, 1))[0]) < 10
 
 
-def test_a_decompression_bomb_is_refused(here, monkeypatch):
+def test_a_decompression_bomb_is_refused(here):
     Image.new("1", (14000, 14000)).save(here / "bomb.png")  # 25 KB that would unpack to 196 million pixels
     with pytest.raises(ValueError, match="decompression bomb"):
         cvae.decode(here / "bomb.png", 64)
@@ -349,18 +350,22 @@ def test_what_a_gpu_would_be_sent(world, here, monkeypatch):
 
 
 def test_embedding_stops_at_an_interruption_and_gives_the_threads_back(world, monkeypatch):
-    began, threads = [], torch.get_num_threads()
+    began = []
 
-    def interrupted(*_):
+    def decode_batch(paths, clip_size):
         began.append(torch.get_num_threads())
         time.sleep(0.05)
+        return [], ["broken"], None, None
+
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cvae, "encode_images", interrupted)
+    monkeypatch.setattr(cvae, "decode_batch", decode_batch)
+    monkeypatch.setattr(cvae.tqdm, "update", interrupted)
     paths = sorted((world / "coco/val2017").glob("*.jpg")) * 4
     with pytest.raises(KeyboardInterrupt):
         cvae.embed_photographs(cvae.load_clip(str(world / "clip.pt")), paths, torch.device("cpu"), batch=1)
-    assert len(began) < 50 and set(began) == {1} and torch.get_num_threads() == threads
+    assert len(began) < 50 and set(began) == {1} and torch.get_num_threads() == THREADS
 
 
 @pytest.mark.slow
