@@ -263,7 +263,7 @@ def fetch_annotations(folder, split, base_url):
         with zipfile.ZipFile(archive) as bundle, atomic(path) as temporary:
             temporary.write_bytes(bundle.read(member))
     except FileNotFoundError:  # another prepare, running beside this one, was faster and has cleaned up
-        torch.set_num_threads(cores)
+        pass
     except (KeyError, zipfile.BadZipFile) as error:
         raise Stop(f"{url} holds no readable {member} ({first_line(error)}).") from error
     finally:
