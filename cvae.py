@@ -595,7 +595,7 @@ def fit_prior(data):
 
 WIDTHS = {4: 192, 8: 128, 16: 64, 32: 32, 64: 16}  # channels at each resolution: equal work at each
 LATENT_DIM = 128     # numbers in the global latent z_0
-LATENT_CHANNELS = 4  # channels of each spatial latent
+LATENT_CHANNELS = 8  # channels of each spatial latent
 STYLE = 256          # width of the vector that modulates the decoder
 
 
@@ -711,7 +711,7 @@ class CVAE(nn.Module):
             h = level.before(h, style)
             if self.ladder:
                 seen = F.silu(h)
-                mu_p, logvar_p = level.prior(seen).chunk(2, dim=1)            # (N, 4, H, H) each
+                mu_p, logvar_p = level.prior(seen).chunk(2, dim=1)            # (N, 8, H, H) each
                 logvar_p = logvar_p.clamp(-8, 4)
                 if features is not None:
                     # the posterior is a correction of the prior (NVAE): doing nothing costs nothing
@@ -1351,7 +1351,7 @@ def save_levels(path, model, x, condition, latent_prior):
     """Show what each level holds: keep the upper levels' latents of photographs x, draw the rest anew."""
     torch.manual_seed(0)
     mu, _, features = model.encode(x, condition)
-    _, _, latents = model.decode(mu, condition, features)     # [(n, 4, 8, 8), (n, 4, 16, 16), ...]
+    _, _, latents = model.decode(mu, condition, features)     # [(n, 8, 8, 8), (n, 8, 16, 16), ...]
     rows, labels = [x], ["held-out photographs"]
     for kept in range(len(latents) + 1):
         rows.append(model.decode(mu, condition, given=latents[:kept])[0])

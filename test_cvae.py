@@ -882,7 +882,7 @@ def test_dropout_size_latents_and_condition_change_what_they_name(world, run_fol
 def test_dropout_acts_on_z_in_training_only():
     torch.manual_seed(0)
     model = cvae.CVAE(64, 4, dropout=0.5)
-    z, c, given = torch.randn(1, 128), torch.randn(1, 4), [torch.zeros(1, 4, s, s) for s in (8, 16, 32)]
+    z, c, given = torch.randn(1, 128), torch.randn(1, 4), [torch.zeros(1, cvae.LATENT_CHANNELS, s, s) for s in (8, 16, 32)]
     draw = lambda: model.decode(z, c, given=given)[0]
     model.train()
     assert not torch.equal(draw(), draw())
@@ -894,7 +894,7 @@ def test_the_ladder_sleeps_then_wakes_level_by_level():
     torch.manual_seed(0)
     model, c = cvae.CVAE(64, 4).eval(), torch.randn(1, 4)
     z = torch.zeros(1, 128)
-    picture = lambda i: model.decode(z, c, given=[torch.full((1, 4, s, s), float(i == n)) for n, s in enumerate((8, 16, 32))])[0]
+    picture = lambda i: model.decode(z, c, given=[torch.full((1, cvae.LATENT_CHANNELS, s, s), float(i == n)) for n, s in enumerate((8, 16, 32))])[0]
     for awake in ([0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]):
         model.awake.copy_(torch.tensor(awake))
         base = picture(-1)
@@ -1402,6 +1402,10 @@ def test_speed(here, capsys):
         speeds["one photograph at a time"] = rate(lambda: [big.encode_image(preprocess(Image.open(path))[None])
                                                            for path in paths[:16]], 16)
 
+        captions = [caption for photograph in photographs[:64] for caption in photograph["captions"][:5]]
+        speeds["captions, in prepare"] = rate(lambda: cvae.encode_texts(big, captions), len(captions))
+        speeds["captions, 77 tokens in float32"] = rate(lambda: big.encode_text(clip.tokenize(captions[:64])), 64)
+
     # training at 64 pixels, batch 16: the command; the same network in the most ordinary PyTorch; the report's network
     make_clip("small.pt")
     cvae.main(["prepare", "--coco", str(coco), "--split", "val2017", "--theme", "nature", "--clip", "small.pt"])
@@ -1635,7 +1639,8 @@ VARIANTS = {  # what is changed: options of train, a patch of cvae.py
     "three quarters of the widths": ("", setting("WIDTHS", {4: 144, 8: 96, 16: 48, 32: 24, 64: 16})),
     "half as wide again": ("", setting("WIDTHS", {4: 288, 8: 192, 16: 96, 32: 48, 64: 24})),
     "2 channels of latents a level": ("", setting("LATENT_CHANNELS", 2)),
-    "8 channels of latents a level": ("", setting("LATENT_CHANNELS", 8)),
+    "4 channels of latents a level": ("", setting("LATENT_CHANNELS", 4)),
+    "16 channels of latents a level": ("", setting("LATENT_CHANNELS", 16)),
     "horizontal flips": ("", flips),
     "no dropout": ("--dropout 0", None),
     "dropout 0.3": ("--dropout 0.3", None),
