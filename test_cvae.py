@@ -1401,7 +1401,6 @@ def test_speed(here, capsys):
     with torch.no_grad():
         speeds["one photograph at a time"] = rate(lambda: [big.encode_image(preprocess(Image.open(path))[None])
                                                            for path in paths[:16]], 16)
-
         captions = [caption for photograph in photographs[:64] for caption in photograph["captions"][:5]]
         speeds["captions, in prepare"] = rate(lambda: cvae.encode_texts(big, captions), len(captions))
         speeds["captions, 77 tokens in float32"] = rate(lambda: big.encode_text(clip.tokenize(captions[:64])), 64)
