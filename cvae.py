@@ -1651,7 +1651,8 @@ def train_toy_clip(root, path, steps=600, batch=128):
 DEMO_PROMPTS = ["a sheep on green grass under a blue sky", "two cows in the snow under a grey sky",
                 "a horse on a bare field at sunset", "three sheep on green grass at night",
                 "a cow on a bare field under a blue sky", "a horse in the snow at night",
-                "two horses on green grass at sunset", "a cow in the snow at sunset"]  # the last is unseen
+                "two horses on green grass at sunset", "two sheep on a bare field under a grey sky",
+                "a sheep on a bare field at night", "a cow in the snow at sunset"]  # the last two are unseen
 
 
 def demo(args):
