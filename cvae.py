@@ -385,7 +385,7 @@ def encode_images(model, images):
             pixels = F.interpolate(pixels, (resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
         # CLIP was trained on pixels normalised by these constants; the report fed it raw [0, 1] values
         pixels = (pixels - CLIP_MEAN.to(pixels.device)) / CLIP_STD.to(pixels.device)
-        with autocast(torch.device("cpu")):  # three times as fast; on CUDA, CLIP is in half precision anyway
+        with autocast(torch.device("cpu")):  # up to three times as fast; on CUDA, CLIP is in half precision anyway
             embeddings.append(F.normalize(model.encode_image(pixels).float(), dim=-1))
     return torch.cat(embeddings)
 
@@ -438,7 +438,7 @@ def embed_photographs(model, paths, device, batch=32):
 
     def embed(decoded):
         good, problems, for_clip, for_vae = decoded
-        return good, problems, for_vae, encode_images(model, for_clip.to(device)).cpu() if good else None
+        return good, problems, for_vae, encode_images(model, for_clip.to(device)) if good else None
 
     if device.type == "cpu":
         # Each core works through batches of its own. Threads that share a batch wait for each other after
@@ -466,7 +466,7 @@ def embed_photographs(model, paths, device, batch=32):
         torch.set_num_threads(cores)
     if not kept:
         raise Stop("None of the photographs is there and can be read.")
-    return kept, torch.cat(pixels), torch.cat(embeddings)
+    return kept, torch.cat(pixels), torch.cat(embeddings).cpu()
 
 
 def prepare(args):
