@@ -278,13 +278,15 @@ def decode(path, box):
     """
     try:
         with Image.open(path) as photograph:
+            if photograph.width * photograph.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses at twice that
+                raise ValueError(f"{photograph.width} x {photograph.height} pixels: it could be a decompression bomb")
             photograph.draft("RGB", (box, box))  # JPEG can decode straight to 1/2, 1/4, 1/8: much faster
             photograph.load()
             if photograph.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
                 photograph = Image.fromarray((np.asarray(photograph) // 257).astype(np.uint8))
             ImageOps.exif_transpose(photograph, in_place=True)
             return photograph if photograph.mode == "RGB" else photograph.convert("RGB")
-    except (Image.DecompressionBombError, SyntaxError) as error:  # a bomb: a small file that unpacks to gigabytes
+    except (Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(first_line(error)) from error
 
 
