@@ -401,7 +401,7 @@ def encode_texts(model, texts):
     import clip
     device = model.text_projection.device
     embeddings = []
-    for start in range(0, len(texts), 64):
+    for start in tqdm(range(0, len(texts), 64), desc="CLIP, captions", leave=False, disable=len(texts) <= 256):
         tokens = clip.tokenize(texts[start:start + 64], model.context_length, truncate=True)    # (n, 77)
         # the end token has the largest number; CLIP reads from left to right, so the zeros that follow
         # the longest caption's end change nothing, and captions are short: most of the work is saved
@@ -499,17 +499,13 @@ def prepare(args):
     # a photograph with fewer than five captions repeats them, one with more keeps the first five
     captions = [[p["captions"][i % len(p["captions"])] for i in range(CAPTIONS)] for p in kept]
     flat = [caption for five in captions for caption in five]
-    with tqdm(total=len(flat), desc="CLIP, captions") as bar:
-        caption_embeddings = []
-        for start in range(0, len(flat), 512):
-            caption_embeddings.append(encode_texts(model, flat[start:start + 512]).cpu())
-            bar.update(len(caption_embeddings[-1]))
+    caption_embeddings = encode_texts(model, flat).cpu()                                # (5N, D)
     # a tenth is held out, at most a thousand; the seed is fixed so that all runs share the split
     held_out = torch.zeros(len(kept), dtype=torch.bool)
     shuffled = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
     held_out[shuffled[:min(1000, max(1, len(kept) // 10))]] = True
     save({"kind": "data file", "version": DATA_VERSION, "images": pixels, "image_embeddings": embeddings,
-          "caption_embeddings": torch.cat(caption_embeddings).view(len(kept), CAPTIONS, -1),
+          "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1),
           "captions": captions, "ids": torch.tensor([p["id"] for p in kept]), "held_out": held_out,
           "clip": str(args.clip), "clip_fingerprint": clip_fingerprint(model), "split": args.split,
           "words": words}, args.data)

@@ -96,14 +96,14 @@ def run_folder(world):
     return world / "run"
 
 
+THREE_EPOCHS = ["--dropout", "--condition", "text", "--epochs", 3]
+
+
 @pytest.fixture(scope="session")
 def undisturbed(world):
     """The checkpoint that an interrupted training must end in, given the same THREE_EPOCHS."""
     train(world, world / "undisturbed", *THREE_EPOCHS)
     return torch.load(world / "undisturbed/last.pt", weights_only=True)
-
-
-THREE_EPOCHS = ["--dropout", "--condition", "text", "--epochs", 3]
 
 
 def train(world, run, *options):
@@ -299,6 +299,7 @@ def test_one_pixel_wide_and_rotated_pictures(here):
     assert abs(upright.mean((0, 1))[-1] - upright.mean((0, 1))[0]) < 10
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [10_000, 14_000])  # Pillow by itself warns of the one and refuses the other
 def test_a_decompression_bomb_is_refused(here, side):
     Image.new("1", (side, side)).save(here / "bomb.png")  # 25 KB or less that would unpack to 100 or 196 million pixels
@@ -1419,7 +1420,7 @@ def test_speed(here, capsys):
     speeds["the report's network"] = rate(lambda: report_steps(ReportCVAE(64, 16), 2), 2 * 16)
     ratios = [b / a for a, b in zip(alone, prepare)]  # each pair was measured back to back
     with capsys.disabled():
-        print("\n" + "\n".join(f"{name:36}{value:8.1f} images/s" for name, value in speeds.items()))
+        print("\n" + "\n".join(f"{name:36}{value:8.1f} a second" for name, value in speeds.items()))
         print("prepare relative to CLIP alone:", *(f"{ratio:.3f}" for ratio in ratios))
     keep("speed.json", speeds)
     assert speeds["train"] > 2 * speeds["a plain baseline"]
