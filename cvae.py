@@ -1,17 +1,21 @@
-"""Text to picture with a CLIP-conditioned variational autoencoder, in one file.
+"""Text to picture in one file: a variational autoencoder (VAE), conditioned on CLIP, with a learned prior.
 
-    a photograph x ──┬── CLIP's image encoder ───────────────► condition c
-                     │                                           │      │
-                     └── encoder ── features ──┬── + c ─► mu, logvar    │
-                                               │            │           │
-                                               │      z = mu + sigma·e  │
-                                               │            │           │
-                                               └► ladder ◄──┴─── + c ◄──┘
-                                                  decoder ──► picture
+Training, part one: the VAE learns a small code z for every photograph x.
 
-    to sample:   prompt ─► CLIP's text encoder ─► prior ─► c,   z drawn given c,   decoder ─► picture
+    x ─► encoder ─► mu, sigma ─► z = mu + sigma·e ─► decoder ─► reconstruction of x
+            ▲                                          ▲
+            └──────── condition c: what CLIP ──────────┘
+                      says about x or its caption
 
-The quickest tour needs neither a download nor a GPU (five minutes on two cores):
+Training, part two: the prior learns which codes go with which condition.
+
+    noise ─► transformer, 25 small steps, told c ─► z
+
+Sampling puts the two together.
+
+    prompt ─► CLIP's text encoder ─► c        noise ─► prior, told c ─► z        z, c ─► decoder ─► picture
+
+The quickest tour needs neither a download nor a GPU (a few minutes on two processor cores):
 
     python cvae.py demo
 
@@ -19,48 +23,65 @@ The real thing, on the photographs of MS-COCO that show cows and sheep:
 
     python cvae.py prepare                            # fetch, crop, embed: one data file
     python cvae.py train --size 128 --dropout         # a run folder with checkpoints and pictures
-    python cvae.py sample "sheep on a hill"           # a captioned grid
-    python cvae.py evaluate                           # the table that says how good it is
+    python cvae.py sample "sheep on a hill"           # a captioned row of pictures
+    python cvae.py evaluate                           # how good it is, in numbers and pictures
 
 Contents (each `# %%` is a notebook cell in VS Code, Spyder and Jupyter)
 
-    0. Small tools      one place that writes files, one that fetches, one kind of expected error
-    1. The data         which COCO photographs are bucolic; fetching only those
-    2. CLIP             two encoders, one space; the gap between them and the prior that crosses it
-    3. The model        encoder, reparameterisation, ladder decoder, where the condition enters
-    4. The objective    the ELBO line by line; the calibrated likelihood; the report's loss
-    5. Training
-    6. Sampling         from text, from an image, in between
-    7. Evaluation
-    8. A toy world      drawn pastures and a miniature CLIP, for those without COCO, CLIP or a GPU
-    9. The command line
+    1. The data        which COCO photographs are bucolic
+    2. CLIP            two encoders, one space
+    3. The VAE         encoder, reparameterisation, decoder; where the condition enters and why twice
+    4. The ELBO        derived line by line; the calibrated likelihood; the report's loss
+    5. Training        one loop for both parts
+    6. The prior       why N(0, I) draws fog; flow matching; guidance
+    7. Sampling        from text, from an image, in between
+    8. Evaluation      on pictures that nothing was chosen on
+    Appendices         A. a toy world   B. files and downloads   C. the command line
 
-The project it reimplements: Azarbal, Benjelloun Touimi, Tazi, "Generative CLIP-Conditioned
-Variational Autoencoders" (Brown University, 2024), called "the report" below.
+Sections 1 to 8 are the lesson. What they call from the appendices does what its name says.
+
+The project it reimplements: Azarbal, Benjelloun Touimi, Tazi, "Generative CLIP-Conditioned Variational
+Autoencoders" (Brown University, 2024), called "the report" below.
 """
+import os
+import signal
+
+
+def say_goodbye(*_):
+    """Ctrl-C while PyTorch is being imported, which takes seconds: one line, no traceback."""
+    os.write(2, b"\nInterrupted.\n")
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, say_goodbye)
+
 import argparse
 import contextlib
 import errno
 import hashlib
 import http.client
+import io
 import json
 import math
-import os
 import random
 import re
 import shlex
-import signal
 import socket
 import sys
+import tempfile
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -69,129 +90,25 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-# clip, matplotlib and pycocotools take a second or more to import, so they are imported where they
-# are used: `--help` should not wait for a plotting library.
-
-# %% 0. Small tools ---------------------------------------------------------------------------------
-
-
-class Stop(Exception):
-    """An expected failure. Its text says what happened and what to do; main() prints just that."""
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """Give a temporary path beside `path`; rename it to `path` only if the block succeeds.
-
-    A rename within a folder is atomic, so a reader meets the old file or the new one, never half of
-    one, whether the writer was killed, ran out of disk or raced another writer.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save(obj, path):
-    """Write tensors, numbers and strings to `path` with torch.save, atomically."""
-    try:
-        with atomic(path) as temporary:
-            torch.save(obj, temporary)
-    except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
-        raise Stop(f"{path} could not be written ({first_line(error)}). What was there before is "
-                   "untouched; free some disk space and run the same command again.") from error
-
-
-def load(path, kind, version):
-    """Read a file that `save` wrote and check that it is a `kind` of this version.
-
-    weights_only=True reads tensors and plain containers and runs no code, whatever the file holds.
-    mmap=True maps the file: pages are read when they are first touched.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise Stop(f"There is no {kind} at {path}.") from None
-    except Exception as error:  # torch reports damage with half a dozen exception types
-        raise Stop(f"{path} is no readable {kind}: damaged, cut short, or not written by this program "
-                   f"({first_line(error)}).") from error
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise Stop(f"{path} is not a {kind} of this program.")
-    if content["version"] != version:
-        raise Stop(f"{path} is a {kind} of version {content['version']}; this program reads version "
-                   f"{version}. Make it anew.")
-    return content
-
-
-def first_line(error):
-    """The first line of an exception's text, or its name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def pick_device():
-    """The fastest device that PyTorch sees."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def autocast(device):
-    """bfloat16 for matrix products and convolutions where the hardware has instructions for it."""
-    capable = device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=capable)
-
-
-ATTEMPTS, TIMEOUT = 4, 10  # tries per file; seconds without a byte before a connection counts as dead
-
-
-def fetch(url, path, check, bar=None):
-    """Download `url` to `path`: retried with back-off, checked, renamed into place only when whole.
-
-    check(temporary path) raises ValueError for content that is not what was wanted.
-    Raises Stop for an address that is not http(s), OSError or ValueError after the last attempt.
-    """
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise Stop(f"{url!r} is not an http or https address; it was not opened.")
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with atomic(path) as temporary:
-                with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(temporary, "wb") as file:
-                    expected = int(response.headers.get("Content-Length") or 0)
-                    if bar is not None:
-                        bar.reset(expected)
-                    while block := response.read(1 << 16):
-                        file.write(block)
-                        if bar is not None:
-                            bar.update(len(block))
-                if expected and temporary.stat().st_size != expected:
-                    raise ValueError(f"{temporary.stat().st_size} of {expected} bytes arrived")
-                check(temporary)
-            return
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            gone = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if attempt == ATTEMPTS or gone or full:  # trying again would not help
-                raise OSError(getattr(error, "errno", None), f"{url}: {first_line(error)}") from error
-        time.sleep(0.3 * 2**attempt)  # 0.6, 1.2, 2.4 s: a busy server is given time to recover
-
+# clip, torchvision, pycocotools and matplotlib take a second or more to import, so each is imported where
+# it is used: `--help` should not wait for a plotting library.
 
 # %% 1. The data ------------------------------------------------------------------------------------
-# MS-COCO (Lin et al. 2014, arXiv 1405.0312) has 118,287 training photographs with five captions each.
-# We want the rural ones, and we let the captions choose: a photograph is bucolic when people who
-# described it used one of these words. A narrow subject is what lets so small a model learn it.
+# MS-COCO (Lin et al. 2014, arXiv 1405.0312) has 118,287 training photographs with five captions each. We
+# want the rural ones, and we let the captions choose: a photograph is bucolic when somebody who described
+# it used one of a few words. A narrow subject is what lets so small a model learn it.
 
 THEMES = {
     "bucolic": ["cow", "sheep"],
     "nature": ["cow", "sheep", "mountain", "hill", "countryside", "grass", "forest", "nature", "farm",
                "alpaca", "horse", "landscape", "fence"],
+    "all": [""],  # the empty word is in every caption
 }
-COCO_URL = "http://images.cocodataset.org"  # plain http: its certificate does not match its name
-SIZE = 128  # pixels; smaller models average-pool the same data file
-CAPTIONS = 5  # captions kept per photograph, COCO's usual number
+SIZE = 128           # pixels in the data file; a model of 64 pixels averages them down
+CAPTIONS = 5         # captions kept per photograph, COCO's usual number
 DATA = "data/data.pt"  # where prepare writes and train reads
-DATA_VERSION = 1
+DATA_VERSION = 2
+TRAINING, VALIDATION, TEST = 0, 1, 2  # the three parts of the data
 
 
 def word_pattern(words):
@@ -203,72 +120,85 @@ def word_pattern(words):
     """
     stems = "|".join(re.escape(word) for word in words)
     endings = "s|es|y|ed|ous|lands?|sides?|tops?|yards?|house|back"
-    return re.compile(rf"(?<!\w)(?:{stems})(?:{endings})?(?!\w)", re.IGNORECASE)
+    return re.compile(rf"(?<!\w)(?:{stems})(?:{endings})?(?!\w)" if any(words) else "", re.IGNORECASE)
+
+
+def as_id(value):
+    """An id as text, so that 7, 7.0 and "7" are the same photograph. Names are ids, too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value != value:
+        raise ValueError(f"{value!r} is no id")
+    return str(int(value) if isinstance(value, float) else value).strip()
+
+
+def as_image(record):
+    """The fields that we need of an entry of COCO's "images". Raises an error if one is missing."""
+    width, height = int(record["width"]), int(record["height"])
+    if min(width, height) < 1 or not isinstance(record["file_name"], str):
+        raise ValueError("no size, or no name")
+    return {"id": as_id(record["id"]), "file_name": record["file_name"], "width": width, "height": height,
+            "url": str(record.get("coco_url") or "")}
+
+
+def as_annotation(record):
+    """The fields that we need of an entry of COCO's "annotations"."""
+    if not record["caption"].strip():
+        raise ValueError("an empty caption")
+    return {"image_id": as_id(record["image_id"]), "caption": record["caption"].strip()}
+
+
+def readable(records, read):
+    """What `read` makes of the records, without those that it can't read."""
+    good = []
+    for record in records:
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            good.append(read(record))
+    return good
 
 
 def read_captions(path, words):
     """The photographs of a COCO captions file whose captions mention one of `words`.
 
-    Returns a list of dicts with id, file_name, url, width, height and captions, sorted by id.
-    Raises Stop when the file is missing, is not COCO captions, or nothing matches.
+    Returns a list of dicts with id, file_name, url, width, height and captions. Says how many records
+    could not be read. Raises Stop when the file is missing, is no captions file, or nothing matches.
     """
     try:
-        coco = json.loads(Path(path).read_bytes())
-        captions = {}
-        for annotation in coco["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]).strip())
-        photographs = [{"id": int(image["id"]), "file_name": str(image["file_name"]),
-                        "url": str(image.get("coco_url", "")), "width": int(image["width"]),
-                        "height": int(image["height"]), "captions": captions.get(image["id"], [])}
-                       for image in coco["images"]]
+        content = json.loads(Path(path).read_bytes())
+        listed = list(content["images"]), list(content["annotations"])
     except FileNotFoundError:
         raise Stop(f"There is no captions file at {path}; --coco names COCO's folder, --split its part "
                    "(train2017, val2017).") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Stop(f"{path} is not a COCO captions file ({type(error).__name__}: "
-                   f"{first_line(error)}).") from error
-    for photograph in photographs:  # a name from a file is a name, not a path to follow
-        name = photograph["file_name"]
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise Stop(f"{path} names the photograph {name!r}, which is not a plain file name; "
-                       "nothing was fetched.")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Stop(f"{path} is not a COCO captions file ({type(error).__name__}: {first_line(error)}).") from error
+    fields = {field for record in listed[1] if isinstance(record, dict) for field in record}
+    if "caption" not in fields and "category_id" in fields:
+        raise Stop(f"{path} holds COCO's instances (outlines of objects), not captions; the file that is "
+                   "meant is the captions_... one from the same archive.")
+    images, annotations = readable(listed[0], as_image), readable(listed[1], as_annotation)
+    total = len(listed[0]) + len(listed[1])
+    bad = total - len(images) - len(annotations)
+    if bad > 0.05 * total:
+        raise Stop(f"{path} is not a COCO captions file: {bad} of its {total} records can't be read.")
+    if bad:
+        print(f"{bad} of {total} records in {path} can't be read (no id, caption, name or size) and are skipped.")
+
+    # pycocotools joins the two lists; it takes half a second for all of train2017, and it prints
+    from pycocotools.coco import COCO
+    coco = COCO()
+    coco.dataset = {"images": images, "annotations": [a | {"id": i} for i, a in enumerate(annotations)]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    photographs = {}  # by file name: a photograph that is listed twice is one photograph
+    for image in coco.imgs.values():
+        photograph = photographs.setdefault(image["file_name"], image | {"captions": []})
+        photograph["captions"] += [a["caption"] for a in coco.imgToAnns[image["id"]]]
+    for name in photographs:  # a name from a file is a place below a folder, not a path to anywhere
+        if not re.fullmatch(r"(\w[\w .()+-]*/)*\w[\w .()+-]*", name):
+            raise Stop(f"{path} names the photograph {name!r}, which is not a plain file name; nothing was fetched.")
     pattern = word_pattern(words)
-    chosen = [p for p in photographs if any(pattern.search(caption) for caption in p["captions"])]
+    chosen = [p for p in photographs.values() if any(pattern.search(caption) for caption in p["captions"])]
     if not chosen:
         raise Stop(f"No caption in {path} mentions any of: {', '.join(words)}.")
-    return sorted(chosen, key=lambda photograph: photograph["id"])
-
-
-def fetch_annotations(folder, split, base_url):
-    """Fetch COCO's annotations archive and keep the captions of `split`; return their path."""
-    member = f"annotations/captions_{split}.json"
-    path = Path(folder) / member
-    if path.exists():
-        return path
-    url = f"{base_url}/annotations/annotations_trainval2017.zip"
-    archive = path.with_name("annotations_trainval2017.zip")
-
-    def whole(temporary):
-        if not zipfile.is_zipfile(temporary):
-            raise ValueError("what arrived is no zip archive")
-
-    try:
-        with tqdm(desc="captions", unit="B", unit_scale=True) as bar:
-            fetch(url, archive, whole, bar)
-    except OSError as error:
-        raise Stop(f"COCO's captions could not be fetched from {error.strerror or error}. Use a COCO folder "
-                   "that you have (--coco DIR), a mirror (--mirror URL), or `python cvae.py demo`, which "
-                   "needs no network.") from error
-    try:  # take this one member out by its name; the names inside the archive are never used as paths
-        with zipfile.ZipFile(archive) as bundle, atomic(path) as temporary:
-            temporary.write_bytes(bundle.read(member))
-    except FileNotFoundError:  # another prepare, running beside this one, was faster and has cleaned up
-        pass
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise Stop(f"{url} holds no readable {member} ({first_line(error)}).") from error
-    finally:
-        archive.unlink(missing_ok=True)
-    return path
+    return chosen
 
 
 def decode(path, box):
@@ -278,14 +208,13 @@ def decode(path, box):
     """
     try:
         with Image.open(path) as photograph:
-            if photograph.width * photograph.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses at twice that
+            if photograph.width * photograph.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses at twice that
                 raise ValueError(f"{photograph.width} x {photograph.height} pixels: it could be a decompression bomb")
             photograph.draft("RGB", (box, box))  # JPEG can decode straight to 1/2, 1/4, 1/8: much faster
             photograph.load()
             if photograph.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
                 photograph = Image.fromarray((np.asarray(photograph) // 257).astype(np.uint8))
-            ImageOps.exif_transpose(photograph, in_place=True)
-            return photograph if photograph.mode == "RGB" else photograph.convert("RGB")
+            return ImageOps.exif_transpose(photograph).convert("RGB")
     except (Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(first_line(error)) from error
 
@@ -296,54 +225,34 @@ def centre_square(photograph, size):
     CLIP and the VAE both see this crop, so the condition describes the pixels to reconstruct. The
     report squashed the whole photograph into a square for one of the two, which changes its shapes.
     """
-    width, height = photograph.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = torch.from_numpy(np.array(photograph.crop((left, top, left + side, top + side))))  # (side, side, 3)
-    # three times as fast on bytes as Pillow's resize
-    return F.interpolate(square.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)[0].contiguous()
+    from torchvision.transforms.v2 import InterpolationMode, functional
+    pixels = functional.pil_to_tensor(photograph)                                       # (3, H, W)
+    square = functional.center_crop(pixels, [min(photograph.size)] * 2)
+    return functional.resize(square, [size, size], InterpolationMode.BICUBIC, antialias=True)
 
 
-def fetch_photographs(photographs, folder, base_url):
-    """Fetch every photograph that is not in `folder` yet, sixteen at a time."""
+def split_parts(images):
+    """Sort photographs into three parts by a hash of their pixels: uint8 (N, 3, H, H) -> (N,).
 
-    def check(temporary, expected):
-        with Image.open(temporary) as photograph:
-            if photograph.size != expected:
-                raise ValueError(f"it is {photograph.size}, the annotations say {expected}")
-            photograph.load()  # decodes every pixel: a truncated JPEG raises here
-
-    def fetch_one(photograph):
-        url = photograph["url"] or f"{COCO_URL}/{folder.name}/{photograph['file_name']}"
-        if base_url != COCO_URL:
-            url = f"{base_url}/{folder.name}/{photograph['file_name']}"
-        size = photograph["width"], photograph["height"]
-        fetch(url, folder / photograph["file_name"], partial(check, expected=size))
-
-    wanted = [p for p in photographs if not (folder / p["file_name"]).exists()]
-    failures = []
-    pool = ThreadPoolExecutor(16)
-    try:
-        jobs = [pool.submit(fetch_one, photograph) for photograph in wanted]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="photographs", disable=not jobs):
-            error = job.exception()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise Stop(f"The disk is full ({error.strerror}). The photographs so far are kept; free "
-                           "some space and run the same command again.")
-            if error is not None:
-                failures.append(first_line(error))
-            if len(failures) > max(10, 0.05 * len(photographs)):
-                raise Stop(f"Too many photographs could not be fetched ({len(failures)}; the last: "
-                           f"{failures[-1]}). Those that arrived are kept; run the same command again later.")
-    finally:  # also on Ctrl-C: what has not started never does
-        pool.shutdown(cancel_futures=True)
-    for failure in failures:
-        print(f"skipped: {failure}")
+    Training pictures teach. Validation pictures choose: checkpoints and every setting chosen by looking.
+    Test pictures are for `evaluate` alone. Equal pictures have equal hashes, so a picture that is in the
+    data twice is never learned from and judged by at once.
+    """
+    hashes = [int(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:15], 16) for image in images]
+    different, rank = torch.tensor(hashes).unique(return_inverse=True)  # rank among the sorted hashes
+    if len(different) < 3:
+        raise Stop("Too few different photographs: at least three are needed, one for each part of the data.")
+    test = max(1, min(1000, len(different) // 10))
+    validation = max(1, min(500, len(different) // 20))
+    part = torch.full_like(rank, TRAINING)
+    part[rank < test + validation] = VALIDATION
+    part[rank < test] = TEST
+    return part
 
 
 # %% 2. CLIP ----------------------------------------------------------------------------------------
-# CLIP (Radford et al. 2021, arXiv 2103.00020) trained an image encoder and a text encoder together so
-# that a picture and its caption point the same way: cos(image, caption) is high for a pair, low for a
+# CLIP (Radford et al. 2021, arXiv 2103.00020) trained an image encoder and a text encoder together, so
+# that a picture and its caption point the same way: cos(image, caption) is high for a pair and low for a
 # mismatch. Only directions count, so every embedding here is scaled to length one.
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -360,7 +269,7 @@ def load_clip(name, device="cpu"):
         import clip
         try:
             socket.setdefaulttimeout(TIMEOUT)  # clip's own download would wait for ever
-            return clip.load(name, device=device)[0]
+            model = clip.load(name, device=device)[0]
         except (OSError, http.client.HTTPException) as error:
             raise Stop(f"The weights of CLIP {name} could not be fetched from openaipublic.azureedge.net "
                        f"({first_line(error)}). Put them in ~/.cache/clip, or name a file of weights "
@@ -370,6 +279,7 @@ def load_clip(name, device="cpu"):
                        f"{', '.join(clip.available_models())}, or a file of CLIP weights.") from error
         finally:
             socket.setdefaulttimeout(None)
+    return model if torch.device(device).type == "cuda" else model.float()
 
 
 def clip_fingerprint(model):
@@ -381,13 +291,13 @@ def clip_fingerprint(model):
 def encode_images(model, images):
     """Embed pictures with CLIP: uint8 or [0, 1] float (N, 3, H, H) -> unit vectors (N, D)."""
     resolution, embeddings = model.visual.input_resolution, []
-    for part in tqdm(images.split(64), desc="CLIP, images", leave=False, disable=len(images) <= 256):
-        pixels = part.float() / 255 if part.dtype == torch.uint8 else part
+    for some in tqdm(images.split(64), desc="CLIP, images", leave=False, disable=len(images) <= 512):
+        pixels = some.float() / 255 if some.dtype == torch.uint8 else some
         if pixels.shape[-1] != resolution:
             pixels = F.interpolate(pixels, (resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
         # CLIP was trained on pixels normalised by these constants; the report fed it raw [0, 1] values
         pixels = (pixels - CLIP_MEAN.to(pixels.device)) / CLIP_STD.to(pixels.device)
-        with autocast(torch.device("cpu")):  # up to three times as fast; on CUDA, CLIP is in half precision anyway
+        with cpu_autocast():
             embeddings.append(F.normalize(model.encode_image(pixels).float(), dim=-1))
     return torch.cat(embeddings)
 
@@ -401,18 +311,18 @@ def encode_texts(model, texts):
     import clip
     device = model.text_projection.device
     embeddings = []
-    for start in tqdm(range(0, len(texts), 64), desc="CLIP, captions", leave=False, disable=len(texts) <= 256):
+    for start in tqdm(range(0, len(texts), 64), desc="CLIP, captions", leave=False, disable=len(texts) <= 512):
         tokens = clip.tokenize(texts[start:start + 64], model.context_length, truncate=True)    # (n, 77)
         # the end token has the largest number; CLIP reads from left to right, so the zeros that follow
         # the longest caption's end change nothing, and captions are short: most of the work is saved
         tokens = tokens[:, :int(tokens.argmax(1).max()) + 1]
-        with autocast(torch.device("cpu")):
+        with cpu_autocast():
             embeddings.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
     return torch.cat(embeddings)
 
 
 def decode_batch(paths, clip_size):
-    """Paths -> indices of the readable ones, sentences about the others, squares for CLIP and for the VAE, uint8."""
+    """Paths -> indices of the readable ones, sentences about the others, squares for CLIP and the VAE."""
     good, problems = [], []
     for_clip = torch.empty(len(paths), 3, clip_size, clip_size, dtype=torch.uint8)
     for_vae = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
@@ -448,19 +358,20 @@ def embed_photographs(model, paths, device, batch=32):
         torch.set_num_threads(1)
         batches = [paths[start:start + batch] for start in range(0, len(paths), batch)]
         embedded = pool.map(lambda some: embed(decode_some(some)), batches)
-    else:  # worker processes decode ahead of the GPU; a DataLoader needs no more than a list and a collate function
+    else:  # worker processes decode ahead of the GPU; a DataLoader needs no more than a list and a function
         workers = max(1, min(os.cpu_count() or 1, len(paths) // batch))
         embedded = map(embed, torch.utils.data.DataLoader(paths, batch, num_workers=workers, prefetch_factor=4,
                                                           collate_fn=decode_some))
-    kept, pixels, embeddings = [], [], []
+    images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
+    kept, embeddings = [], []
     try:
         with tqdm(total=len(paths), desc="CLIP, images", unit="img") as bar:
             for good, problems, for_vae, embedding in embedded:
                 for problem in problems:
                     tqdm.write(f"skipped: {problem}")
                 if good:
+                    images[len(kept):len(kept) + len(good)] = for_vae
                     kept += [bar.n + number for number in good]
-                    pixels.append(for_vae)
                     embeddings.append(embedding)
                 bar.update(len(good) + len(problems))
     finally:  # also on Ctrl-C: what has not started never does
@@ -468,18 +379,21 @@ def embed_photographs(model, paths, device, batch=32):
         torch.set_num_threads(cores)
     if not kept:
         raise Stop("None of the photographs is there and can be read.")
-    return kept, torch.cat(pixels), torch.cat(embeddings).cpu()
+    return kept, images[:len(kept)], torch.cat(embeddings).cpu()
 
 
 def prepare(args):
     """Fetch what is missing, crop, embed with CLIP, and write one data file for all trainings.
 
     The report ran CLIP anew for every image of every epoch; an embedding never changes, so it is
-    computed once. Held-out photographs are chosen here, whole photographs with all their captions,
-    so that no caption of a training picture is ever used to judge.
+    computed once. Whole photographs go into a part of the data, with all their captions, so that no
+    caption of a training picture is ever used to judge.
     """
-    words = args.words or THEMES[args.theme]
-    device = pick_device()
+    if args.theme and args.words:
+        raise Stop("Give --theme or --words, not both.")
+    words = args.words or THEMES[args.theme or "bucolic"]
+    must_be_writable(Path(args.data).parent, Path(args.data))
+    device = choose_device(args.device)
     root = Path(args.coco or "data/coco")
     captions_path = root / f"annotations/captions_{args.split}.json"
     if not args.coco:
@@ -490,301 +404,200 @@ def prepare(args):
     if not args.coco:
         fetch_photographs(photographs, folder, args.mirror)
     on_disk = [p for p in photographs if (folder / p["file_name"]).exists()]
-    print(f"{len(photographs)} photographs match {', '.join(words)}; {len(on_disk)} are in {folder}, "
+    print(f"{len(photographs)} photographs match {', '.join(words) or 'every word'}; {len(on_disk)} are in {folder}, "
           f"{len(photographs) - len(on_disk)} are missing.")
-    kept, pixels, embeddings = embed_photographs(model, [folder / p["file_name"] for p in on_disk], device)
+    kept, images, embeddings = embed_photographs(model, [folder / p["file_name"] for p in on_disk], device)
     kept = [on_disk[i] for i in kept]
-    if len(kept) < 3:  # two to learn from, one held out
-        raise Stop(f"{folder} holds too few of the photographs that {captions_path} describes.")
     # a photograph with fewer than five captions repeats them, one with more keeps the first five
     captions = [[p["captions"][i % len(p["captions"])] for i in range(CAPTIONS)] for p in kept]
-    flat = [caption for five in captions for caption in five]
-    caption_embeddings = encode_texts(model, flat).cpu()                                # (5N, D)
-    # a tenth is held out, at most a thousand; the seed is fixed so that all runs share the split
-    held_out = torch.zeros(len(kept), dtype=torch.bool)
-    shuffled = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
-    held_out[shuffled[:min(1000, max(1, len(kept) // 10))]] = True
-    save({"kind": "data file", "version": DATA_VERSION, "images": pixels, "image_embeddings": embeddings,
-          "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1),
-          "captions": captions, "ids": torch.tensor([p["id"] for p in kept]), "held_out": held_out,
-          "clip": str(args.clip), "clip_fingerprint": clip_fingerprint(model), "split": args.split,
-          "words": words}, args.data)
-    print(f"{args.data}: {len(kept)} photographs, {int(held_out.sum())} of them held out.")
+    caption_embeddings = encode_texts(model, [caption for five in captions for caption in five]).cpu()  # (5N, D)
+    part = split_parts(images)
+    fingerprint = hashlib.sha256(embeddings.numpy().tobytes() + caption_embeddings.numpy().tobytes()).hexdigest()
+    save({"kind": "data file", "version": DATA_VERSION, "images": images, "image_embeddings": embeddings,
+          "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "captions": captions,
+          "ids": [p["id"] for p in kept], "part": part, "fingerprint": fingerprint, "words": words,
+          "clip": str(args.clip), "clip_fingerprint": clip_fingerprint(model)}, args.data)
+    sizes = part.bincount().tolist()
+    print(f"{args.data}: {sizes[TRAINING]} photographs to learn from, {sizes[VALIDATION]} to choose by, "
+          f"{sizes[TEST]} to judge by.")
 
 
 # The gap. CLIP pulls pairs together, but only relative to mismatches: images and captions end up in two
-# separate narrow cones ("Mind the gap", Liang et al. 2022, arXiv 2203.02053). A decoder trained on image
-# embeddings has never seen anything like a caption's. unCLIP (arXiv 2204.06125) crosses the gap with a
-# learned prior p(image embedding | caption). The smallest honest one is a line, W t + b, found by ridge
-# regression in closed form. But a caption does not fix the picture, so a line is only its mean: what the
-# regression could not explain is drawn from what it failed to explain for similar captions,
-#
-#     c = W t + b + r,      r the residual of one of the training pairs nearest to t
-#
-# (a residual bootstrap, local like k nearest neighbours). No distribution has to be assumed: where
-# residuals come in two kinds, so do the draws, and half-way between two kinds is never drawn.
+# separate narrow cones ("Mind the gap", Liang et al. 2022, arXiv 2203.02053). The report trained on image
+# embeddings and prompted with text embeddings, which its decoder had never seen. Here each training
+# picture comes with its own embedding or, at random, with one of its captions', and every network is told
+# which kind it gets. Then prompts and pictures are both familiar.
 
-NEIGHBOURS = 16     # training pairs that a residual is drawn from
-STORED_PAIRS = 2048  # pairs kept for that, spread over the training set
+PICTURE, CAPTION, NOTHING = 0, 1, 2  # kinds of condition; NOTHING teaches the prior to draw without one
 
 
-def fit_conditional(x, y, strength):
-    """Fit p(y | x) from pairs: x (N, A) unit vectors, y (N, B), ridge strength.
+class Condition(nn.Module):
+    """An embedding as the networks want it: (N, D) and its kind (N,) -> (N, width).
 
-    Returns the dict that draw_conditional needs: weight (A, B), bias (B,), keys (M, A), residuals (M, B).
-    """
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    covariance = (x - x_mean).T @ (x - x_mean) / len(x)                                 # (A, A)
-    # W = argmin |y - x W|² + ridge |W|²  =  (XᵀX + ridge I)⁻¹ XᵀY
-    ridge = strength * covariance.diagonal().mean() * torch.eye(len(covariance), device=x.device)
-    weight = torch.linalg.solve(covariance + ridge, (x - x_mean).T @ (y - y_mean) / len(x))
-    bias = y_mean - x_mean @ weight
-    stored = torch.linspace(0, len(x) - 1, min(len(x), STORED_PAIRS), device=x.device).long()
-    return {"weight": weight, "bias": bias, "keys": x[stored], "residuals": (y - x @ weight - bias)[stored]}
-
-
-def draw_conditional(conditional, x, temperature=1.0):
-    """Draw y | x: (N, A) -> (N, B). Temperature scales the residual; 0 gives the mean."""
-    likeness = x @ conditional["keys"].T                                                # (N, M)
-    nearest = likeness.topk(min(NEIGHBOURS, likeness.shape[1])).indices                 # (N, 16)
-    chosen = nearest.gather(1, torch.randint(nearest.shape[1], (len(x), 1), device=x.device))[:, 0]
-    return x @ conditional["weight"] + conditional["bias"] + temperature * conditional["residuals"][chosen]
-
-
-def fit_prior(data):
-    """Fit p(image embedding | caption) on the training pairs; choose its strength on the held-out ones.
-
-    Returns fit_conditional's dict, and the mean cosine of held-out photographs with their captions as
-    they are and with the prior's mean.
-    """
-    train, held = ~data["held_out"], data["held_out"]
-    x = data["caption_embeddings"][train].flatten(0, 1)                                 # (5N, D), a pair each
-    y = data["image_embeddings"][train].repeat_interleave(CAPTIONS, 0)                  # (5N, D)
-    texts = data["caption_embeddings"][held].flatten(0, 1)                              # (5M, D)
-    images = data["image_embeddings"][held].repeat_interleave(CAPTIONS, 0)              # (5M, D)
-    best, best_cosine = None, -math.inf
-    for strength in tqdm(torch.logspace(-5, 1, 13), desc="prior", leave=False):
-        prior = fit_conditional(x, y, strength)
-        predicted = F.normalize(draw_conditional(prior, texts, temperature=0), dim=-1)
-        cosine = (predicted * images).sum(-1).mean().item()
-        if cosine > best_cosine:
-            best, best_cosine = prior, cosine
-    return best, (texts * images).sum(-1).mean().item(), best_cosine
-
-
-# %% 3. The model -----------------------------------------------------------------------------------
-# A VAE (Kingma & Welling 2013, arXiv 1312.6114) has two halves. The encoder q(z | x, c) looks at a
-# picture and says which latents z could have made it; the decoder p(x | z, c) makes a picture from
-# latents. The condition c enters both, and for different reasons: the encoder needs it so that z need
-# not store what c already says; the decoder needs it because at sampling time z is noise and c is all
-# that it knows about the prompt.
-#
-# One latent vector makes fog. Where exactly each blade of grass stands is not in a 128-number z, so the
-# best picture a squared error can ask for is the average over all lawns: a smear. The ladder gives each
-# resolution a few latents of its own ("ladder VAE", Sonderby et al. 2016, arXiv 1602.02282; NVAE,
-# 2007.03898; VDVAE, 2011.10650):
-#
-#     p(z | c) = p(z_0) · p(z_1 | z_0, c) · p(z_2 | z_0, z_1, c) · ...
-#
-# z_0 is the global vector, z_1 lives on the 8x8 grid, z_2 on 16x16, and so on to half the picture's
-# size. Each level's prior is read off the decoder's own feature map, so it knows everything above; each
-# posterior sees that same map and the encoder's features of its resolution. What is on the left
-# and how large is settled at the top; where an edge runs is settled below, given the top.
-
-WIDTHS = {4: 192, 8: 128, 16: 64, 32: 32, 64: 16}  # channels at each resolution: equal work at each
-LATENT_DIM = 128     # numbers in the global latent z_0
-LATENT_CHANNELS = 8  # channels of each spatial latent
-STYLE = 256          # width of the vector that modulates the decoder
-
-
-def gaussian_sample(mu, logvar, temperature=1.0):
-    """The reparameterisation z = mu + sigma·e, e ~ N(0, I): randomness that gradients pass through."""
-    return mu + temperature * torch.exp(0.5 * logvar) * torch.randn_like(mu)
-
-
-def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
-    """KL(N(mu_q, var_q) || N(mu_p, var_p)) in nats, summed over all but the first dimension: (N,)."""
-    # ½ [ log var_p - log var_q + (var_q + (mu_q - mu_p)²) / var_p - 1 ], in float32
-    mu_q, logvar_q, mu_p, logvar_p = (t.float() for t in (mu_q, logvar_q, mu_p, logvar_p))
-    kl = logvar_p - logvar_q + (logvar_q.exp() + (mu_q - mu_p) ** 2) / logvar_p.exp() - 1
-    return 0.5 * kl.flatten(1).sum(1)
-
-
-class Block(nn.Module):
-    """A residual block whose feature maps the style vector scales and shifts (FiLM, arXiv 1709.07871).
-
-    (N, C, H, H), style (N, 256) -> (N, C, H, H). Group norm, because batch norm's statistics differ
-    between training and sampling; in float32, where it is more exact and its gradient is faster.
+    Embeddings crowd into a narrow cone. Standardised, each kind by its own mean and deviation, their
+    differences are what a network sees. A learned vector adds what kind it is.
     """
 
-    def __init__(self, channels):
+    def __init__(self, dimensions, width):
         super().__init__()
-        self.norm = nn.GroupNorm(8, channels, affine=False)
-        self.film = nn.Linear(STYLE, 2 * channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.register_buffer("mean", torch.zeros(2, dimensions))
+        self.register_buffer("std", torch.ones(2, dimensions))
+        self.project = nn.Linear(dimensions, width)
+        self.kind = nn.Embedding(3, width)
+        nn.init.zeros_(self.kind.weight)
 
-    def forward(self, h, style):
-        scale, shift = self.film(style)[:, :, None, None].chunk(2, dim=1)  # (N, C, 1, 1) each
-        return h + self.conv(F.silu(self.norm(h.float()) * (1 + scale) + shift))
+    def learn_statistics(self, data, rows):
+        """Mean and deviation of both kinds of embeddings, over these rows of the data."""
+        for kind, some in ((PICTURE, data["image_embeddings"][rows]),
+                           (CAPTION, data["caption_embeddings"][rows].flatten(0, 1))):
+            self.mean[kind], self.std[kind] = some.mean(0), some.std(0) + 1e-6
+
+    def forward(self, embedding, kind):
+        row = kind.clamp(max=CAPTION)
+        known = self.project((embedding - self.mean[row]) / self.std[row])              # (N, width)
+        return torch.where(kind[:, None] == NOTHING, 0.0, known) + self.kind(kind)
 
 
-class Level(nn.Module):
-    """One rung of the decoder: double the resolution, settle this level's latent, refine.
+def draw_condition(data, rows, device):
+    """For photographs (n,) of the data: embeddings (n, D) and kinds (n,), half of them captions'."""
+    kind = torch.randint(2, (len(rows),), device=device)
+    which = torch.randint(CAPTIONS, (len(rows),), device=device)  # another caption at every visit
+    captions, pictures = data["caption_embeddings"][rows, which], data["image_embeddings"][rows]
+    return torch.where(kind[:, None] == CAPTION, captions, pictures), kind
 
-    Each cell of the map above becomes a 2x2 patch with values of its own (sub-pixel convolution, Shi et al.
-    2016, arXiv 1609.05158). Copying the cell four times would leave it to the blocks to tell the
-    copies apart, and outlines drawn so are soft.
+
+# %% 3. The VAE -------------------------------------------------------------------------------------
+# A VAE (Kingma & Welling 2013, arXiv 1312.6114) has two halves. The encoder q(z | x, c) looks at a picture x
+# and says which codes z could have made it. The decoder p(x | z, c) makes a picture from a code. The
+# condition c enters both, for different reasons. The encoder gets it so that z need not store what c
+# already says. The decoder gets it because at sampling time c is what it knows about the prompt.
+#
+# What shape should z have? The report's is one vector of 128 numbers ("flat"). Ours is a small grid: one
+# code for each square of 8x8 pixels. A cell then says what is in its square, and the decoder need not
+# work out where things are. Latent diffusion (Rombach et al. 2022, arXiv 2112.10752) uses such a grid.
+#
+# Arithmetic at full resolution is what costs: a convolution at 64x64 does 64 times the work of the same
+# one at 8x8. So the first layer shrinks the picture four times, and the last one enlarges it.
+
+CHANNELS = 6         # numbers in each cell of the grid
+FLAT = 128           # numbers in the flat code, the report's
+WIDTHS = 32, 64, 96  # channels at a half, a quarter and an eighth of the picture's side
+SHRUNK = 32          # the condition's share of the channels, the report's
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions that correct their input (He et al. 2015, arXiv 1512.03385): same shape in and out.
+
+    Group norm, because batch norm's statistics differ between training and sampling. The last
+    convolution starts at zero, so that a new block changes nothing.
     """
 
-    def __init__(self, channels_above, channels, latents):
+    def __init__(self, width):
         super().__init__()
-        self.enlarge = nn.Conv2d(channels_above, 4 * channels, 1)
-        self.before, self.after = Block(channels), Block(channels)
-        if latents:
-            self.prior = nn.Conv2d(channels, 2 * LATENT_CHANNELS, 3, padding=1)
-            self.posterior = nn.Conv2d(2 * channels, 2 * LATENT_CHANNELS, 3, padding=1)
-            self.inject = nn.Conv2d(LATENT_CHANNELS, channels, 1)
-            for head in (self.prior, self.posterior):  # at first both are N(0, 1) and the KL is zero
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
+        self.change = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+                                    nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+        nn.init.zeros_(self.change[-1].weight)
+
+    def forward(self, h):
+        return h + self.change(h)
 
 
-class CVAE(nn.Module):
-    """The ladder CVAE; with latents="flat", the same network with the global latent alone.
+def enlarge(above, width, kernel=1):
+    """Double the side: each cell becomes 2x2 cells of its own (sub-pixel convolution, arXiv 1609.05158)."""
+    return nn.Sequential(nn.Conv2d(above, 4 * width, kernel, padding=kernel // 2), nn.PixelShuffle(2))
 
-    size: pixels, 64 or 128. condition_dim: D of the embeddings. dropout: on z_0, as in the report.
+
+class VAE(nn.Module):
+    """Encoder and decoder. size: pixels (64 or 128); condition_dim: D; latents: "grid" or "flat".
+
+    The code z is (N, C, s, s): C = 6 and s = size / 8 for a grid, C = 128 and s = 1 for a flat code, so
+    that everything else treats both alike. dropout drops numbers of z while training, as in the report.
     """
 
-    def __init__(self, size, condition_dim, latents="ladder", dropout=0.0):
+    def __init__(self, size, condition_dim, latents="grid", dropout=0.0):
         super().__init__()
-        self.ladder = latents == "ladder"
-        sides = [side for side in WIDTHS if side < size]  # 4, 8, ... size / 2
-        self.register_buffer("awake", torch.zeros(len(sides) - 1))  # which levels count yet (see train)
-        # embeddings crowd into a narrow cone; standardised, their differences are what the network sees
-        self.register_buffer("condition_mean", torch.zeros(condition_dim))
-        self.register_buffer("condition_std", torch.ones(condition_dim))
-        widths = [3] + [WIDTHS[side] for side in reversed(sides)]  # 3 -> 32 -> 64 -> 128 -> 192
-        self.down = nn.ModuleList(
-            nn.Conv2d(above, width, 4, stride=2, padding=1) for above, width in zip(widths, widths[1:]))
-        self.norm = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
-        self.to_hidden = nn.Linear(WIDTHS[4] * 16 + condition_dim, 512)
-        self.to_latent = nn.Linear(512, 2 * LATENT_DIM)
+        half, quarter, eighth = WIDTHS
+        side = size // 8
+        self.shape = (CHANNELS, side, side) if latents == "grid" else (FLAT, 1, 1)
+        self.condition = Condition(condition_dim, SHRUNK)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, quarter, 4, stride=4), ResBlock(quarter),                      # (N, 64, S/4, S/4)
+            nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),                         # (N, 96, S/8, S/8)
+            ResBlock(eighth), ResBlock(eighth), nn.GroupNorm(8, eighth), nn.SiLU())
+        if latents == "grid":
+            self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * CHANNELS, 1)
+            self.from_latent = nn.Conv2d(CHANNELS + SHRUNK, eighth, 3, padding=1)
+        else:  # a convolution as large as its input is a dense layer
+            self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * FLAT, side)
+            self.from_latent = nn.ConvTranspose2d(FLAT + SHRUNK, eighth, side)
         self.dropout = nn.Dropout(dropout)
-        self.to_style = nn.Linear(LATENT_DIM + condition_dim, STYLE)
-        self.to_grid = nn.Linear(LATENT_DIM + condition_dim, WIDTHS[4] * 16)
-        self.top = Block(WIDTHS[4])
-        self.levels = nn.ModuleList(
-            Level(WIDTHS[above], WIDTHS[side], self.ladder) for above, side in zip(sides, sides[1:]))
-        self.to_pixels = nn.Conv2d(WIDTHS[sides[-1]], 3 * 4, 3, padding=1)
+        self.decoder = nn.Sequential(
+            ResBlock(eighth), ResBlock(eighth), ResBlock(eighth),                       # (N, 96, S/8, S/8)
+            enlarge(eighth, quarter), ResBlock(quarter),                                # (N, 64, S/4, S/4)
+            enlarge(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                   # (N, 32, S/2, S/2)
+            enlarge(half, 3, kernel=3))                                                 # (N, 3, S, S)
+        # the Gaussian decoder's variance, as found in training (section 4)
+        self.register_buffer("variance", torch.tensor(1 / 12))
 
-    def standardise(self, condition):
-        """Embeddings as CLIP gives them -> zero mean, unit variance over the training set: (N, D)."""
-        return (condition - self.condition_mean) / self.condition_std
+    def beside(self, h, embedding, kind):
+        """Concatenate the condition to a map, the same in every cell: (N, C, s, s) -> (N, C + 32, s, s)."""
+        condition = self.condition(embedding, kind)[:, :, None, None]                   # (N, 32, 1, 1)
+        return torch.cat([h, condition.expand(-1, -1, *h.shape[2:])], dim=1)
 
-    def encode(self, x, condition):
-        """q(z_0 | x, c) and the features for the levels below.
+    def encode(self, x, embedding, kind):
+        """q(z | x, c): pictures (N, 3, S, S) in [0, 1] -> mu and logvar, (N, C, s, s) each."""
+        h = self.encoder(x * 2 - 1)                                                     # (N, 96, S/8, S/8)
+        mu, logvar = self.to_latent(self.beside(h, embedding, kind)).float().chunk(2, dim=1)
+        return mu, logvar.clamp(-10, 4)
 
-        x (N, 3, S, S) in [0, 1], condition (N, D) -> mu (N, 128), logvar (N, 128), {side: features}.
-        """
-        h, features = x * 2 - 1, {}
-        for conv, norm in zip(self.down, self.norm):
-            h = F.silu(norm(conv(h).float()))               # (N, C, S/2, S/2), then S/4, ... 4
-            features[h.shape[-1]] = h
-        h = torch.cat([h.flatten(1), self.standardise(condition)], dim=1)   # first entry of the condition
-        mu, logvar = self.to_latent(F.silu(self.to_hidden(h))).chunk(2, dim=1)
-        return mu, logvar.clamp(-10, 10), features
+    def decode(self, z, embedding, kind):
+        """The mean of p(x | z, c): codes (N, C, s, s) -> pictures (N, 3, S, S) in [0, 1]."""
+        h = self.from_latent(self.beside(self.dropout(z), embedding, kind))             # (N, 96, S/8, S/8)
+        return torch.sigmoid(self.decoder(h).float())
 
-    def decode(self, z, condition, features=None, given=(), temperature=1.0):
-        """Walk down the ladder. z (N, 128), condition (N, D) -> picture, [KL per level], [latents].
-
-        Where a level's latent comes from: the posterior, if the encoder's features are given (that
-        is training); else `given`, as far as the list reaches; else the prior.
-        """
-        h = torch.cat([self.dropout(z), self.standardise(condition)], dim=1)  # second entry
-        style = F.silu(self.to_style(h))                                      # (N, 256)
-        h = self.top(self.to_grid(h).view(-1, WIDTHS[4], 4, 4), style)        # (N, 192, 4, 4)
-        kls, latents = [], []
-        for index, level in enumerate(self.levels):
-            h = F.pixel_shuffle(level.enlarge(h), 2)                          # (N, C, 8, 8), 16, ...
-            h = level.before(h, style)
-            if self.ladder:
-                seen = F.silu(h)
-                mu_p, logvar_p = level.prior(seen).chunk(2, dim=1)            # (N, 8, H, H) each
-                logvar_p = logvar_p.clamp(-8, 4)
-                if features is not None:
-                    # the posterior is a correction of the prior (NVAE): doing nothing costs nothing
-                    seen = torch.cat([seen, features[h.shape[-1]]], dim=1)
-                    mu_d, logvar_d = level.posterior(seen).chunk(2, dim=1)
-                    mu_q, logvar_q = mu_p + mu_d, (logvar_p + logvar_d).clamp(-10, 4)
-                    latent = gaussian_sample(mu_q, logvar_q)
-                    kls.append(gaussian_kl(mu_q, logvar_q, mu_p, logvar_p))
-                elif index < len(given):
-                    latent = given[index]
-                else:
-                    latent = gaussian_sample(mu_p, logvar_p, temperature)
-                latents.append(latent)
-                h = h + level.inject(self.awake[index] * latent)
-            h = level.after(h, style)
-        # the last doubling: each pixel of the map becomes a 2x2 patch of the picture
-        picture = torch.sigmoid(F.pixel_shuffle(self.to_pixels(F.silu(h)).float(), 2))  # (N, 3, S, S)
-        return picture, kls, latents
-
-    def forward(self, x, condition):
-        """Reconstruct: x (N, 3, S, S), condition (N, D) -> picture (N, 3, S, S), KL (N, levels) in nats."""
-        mu, logvar, features = self.encode(x, condition)
-        picture, kls, _ = self.decode(gaussian_sample(mu, logvar), condition, features)
-        zero = torch.zeros_like(mu)
-        return picture, torch.stack([gaussian_kl(mu, logvar, zero, zero), *kls], dim=1)
-
-    @torch.no_grad()
-    def generate(self, condition, latent_prior, temperature=1.0):
-        """Draw pictures: condition (N, D) -> (N, 3, S, S), z_0 from latent_prior, the ladder from its own.
-
-        Temperature scales the ladder's noise, not z_0's: z_0 decides what stands where, and half a
-        decision is a ghost.
-        """
-        pictures = []
-        for part in condition.split(64):  # few enough at a time for any memory
-            z = draw_conditional(latent_prior, part)                                    # (n, 128)
-            pictures.append(self.decode(z, part, temperature=temperature)[0])
-        return torch.cat(pictures)
+    def forward(self, x, embedding, kind):
+        """Reconstruct pictures: x (N, 3, S, S) -> picture (N, 3, S, S), KL (N,) in nats."""
+        mu, logvar = self.encode(x, embedding, kind)
+        # the reparameterisation z = mu + sigma·e, e ~ N(0, I): randomness that gradients pass through
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        return self.decode(z, embedding, kind), kl_divergence(mu, logvar)
 
 
-def build_model(config):
-    """The network that a run's configuration describes."""
-    return CVAE(config["size"], config["condition_dim"], config["latents"], config["dropout"])
-
-
-# %% 4. The objective -------------------------------------------------------------------------------
-# We want parameters under which the photographs are likely: log p(x | c) = log ∫ p(x | z, c) p(z | c) dz.
-# The integral is out of reach, so bound it from below (Jensen's inequality, with any q):
+# %% 4. The ELBO ------------------------------------------------------------------------------------
+# We want parameters under which the photographs are likely: log p(x | c) = log ∫ p(x | z, c) p(z) dz. Nobody
+# can compute that integral, so we bound it from below. For any distribution q(z), Jensen's inequality gives
 #
-#     log p(x|c)  >=  E_q [ log p(x | z, c) ]  -  KL( q(z | x, c) || p(z | c) )  =  ELBO
+#     log p(x | c)  >=  E_q [ log p(x | z, c) ]  -  KL( q(z | x, c) || p(z) )   =   ELBO
 #
-# the first term asks for good reconstructions, the second for latents that the prior could have drawn.
-# With the ladder, p and q are products over levels, so the KL is a sum over levels.
+# The first term asks for good reconstructions. The second asks for codes that look like draws from
+# p(z) = N(0, I). Training raises the bound; we lower its negative.
 #
-# Likelihood. p(x | z, c) is a Gaussian around the decoder's picture x̂ with one variance s² for all D
-# values. A fixed s is a hidden weight between the two terms (the "beta" that is usually tuned by hand).
-# The best s² for a batch is its mean squared error, and putting it in gives ("sigma-VAE", Rybkin et al.
-# 2021, arXiv 2006.13202):
+# The likelihood p(x | z, c) is a Gaussian around the decoder's picture x̂ with one variance s² for all D
+# values. A fixed s² would secretly weigh the two terms against each other (the "beta" that is often tuned
+# by hand). But the best s² is known: it is the mean squared error. Putting it in gives ("sigma-VAE",
+# Rybkin et al. 2021, arXiv 2006.13202)
 #
-#     -log p(x | z, c) = D/2 log(2 pi s²) + |x - x̂|² / 2s²  =  D/2 log(2 pi e MSE)    at  s² = MSE
+#     -log p(x | z, c) = D/2 log(2 pi s²) + |x - x̂|² / 2s²   =   D/2 log(2 pi e MSE)    at  s² = MSE
 #
-# so small errors keep mattering: halving the MSE is worth the same number of nats at any quality.
-#
-# Units. Pixels are 256 levels, not real numbers, and a density may exceed 1 without meaning anything. The
-# standard remedy is to spread each level uniformly over its own width of 1/256 (dequantisation); that
-# noise adds 1/(12·256²) to the expected MSE, and minus the ELBO is then a bound on the bits per level:
+# Units. Pixels are 256 levels, not real numbers. The standard remedy spreads each level over its own width
+# of 1/256 (dequantisation), which adds 1/(12·256²) to the expected MSE. Then minus the ELBO is a bound on
+# the bits that a picture takes, and it compares across models:
 #
 #     bits per dimension = (NLL + KL) / (D log 2) + log2(256)
 
 QUANTISATION = 1 / (12 * 256**2)
 
 
-def gaussian_nll(mse, dimensions):
-    """-log p(x | z, c) in nats of a Gaussian with its best variance; mse includes QUANTISATION."""
-    return 0.5 * dimensions * torch.log(2 * math.pi * math.e * mse)
+def kl_divergence(mu, logvar):
+    """KL( N(mu, sigma²) || N(0, I) ) in nats for codes (N, C, s, s): (N,)."""
+    # ½ Σ [ sigma² + mu² - 1 - log sigma² ]
+    return 0.5 * (logvar.exp() + mu**2 - 1 - logvar).flatten(1).sum(1)
+
+
+def gaussian_nll(mse, dimensions, variance=None):
+    """-log p(x | z, c) in nats; the variance is the best one for this mse if none is given."""
+    variance = mse if variance is None else variance
+    return 0.5 * dimensions * (torch.log(2 * math.pi * variance) + mse / variance)
 
 
 def bits_per_dimension(nats, dimensions):
@@ -792,11 +605,11 @@ def bits_per_dimension(nats, dimensions):
     return nats / (dimensions * math.log(2)) + 8
 
 
-def elbo_loss(picture, x, kl):
-    """Minus the ELBO, in bits per dimension, averaged over the batch: a scalar."""
+def elbo_loss(picture, x, kl, kl_weight=1.0, variance=None):
+    """Minus the ELBO in bits per dimension, averaged over the batch: a scalar."""
     dimensions = x[0].numel()
-    mse = F.mse_loss(picture.float(), x) + QUANTISATION
-    return bits_per_dimension(gaussian_nll(mse, dimensions) + kl.sum(1).mean(), dimensions)
+    nll = gaussian_nll(F.mse_loss(picture, x) + QUANTISATION, dimensions, variance)
+    return bits_per_dimension(nll + kl_weight * kl.mean(), dimensions)
 
 
 def ssim(a, b):
@@ -815,43 +628,81 @@ def ssim(a, b):
             / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(1)
 
 
-def original_loss(picture, x, kl):
+def original_loss(picture, x, kl, kl_weight=1.0, variance=None):
     """The report's loss: BCE summed over pixels, averaged over channels, + 0.5 KL + 0.1 (1 - SSIM).
 
     Cross-entropy on values that are not 0 or 1 is no likelihood. Near the target it curves like a
-    Gaussian with s = sqrt(x (1 - x)), up to 0.5: as if half the brightness range were noise. Under so
-    much noise hardly any latent is worth its KL, so the latents go unused and the pictures to fog.
+    Gaussian whose deviation is sqrt(x (1 - x)), up to half the brightness range. Under so much noise
+    hardly any code is worth its KL, so the codes go unused and the pictures blur.
     """
-    bce = F.binary_cross_entropy(picture.float(), x, reduction="none").sum((1, 2, 3)) / 3
-    return (bce + 0.5 * kl.sum(1) + 0.1 * (1 - ssim(picture.float(), x)) / len(x)).mean()
+    bce = F.binary_cross_entropy(picture, x, reduction="none").sum((1, 2, 3)) / 3
+    return (bce + 0.5 * kl_weight * kl + 0.1 * (1 - ssim(picture, x)) / len(x)).mean()
 
 
 OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 
 # %% 5. Training ------------------------------------------------------------------------------------
-# All pictures fit in memory as bytes (20,000 at 128 pixels are 1 GB), so there is no DataLoader: the
-# whole uint8 tensor lives on the device and a batch is an index into it. Nothing in the loop waits for
-# the GPU except the progress bar's read-out, every 20 steps.
+# Both networks, the VAE and (section 6) the prior, are trained by the same loop. All pictures fit in memory as
+# bytes (20,000 at 128 pixels are 1 GB), so there is no DataLoader: the whole uint8 tensor lives on the
+# device, and a batch is an index into it. Nothing in the loop waits for the GPU except the progress bar.
 #
 # All randomness of step n comes from a generator seeded with (seed, n). So a run is determined by its
 # configuration, and resuming needs no more than weights, optimiser state and n.
 
-CHECKPOINT_VERSION = 2
-# The ladder sleeps at first. Left to itself it learns from the bottom: fine levels can copy a picture
-# detail by detail, so they do, and nothing makes z_0 and the condition say what stands where. Reconstructions
-# are then superb and samples are fog. So at first only z_0 counts (a flat VAE), and it learns what stands
-# where; then the levels wake one by one, coarse before fine, and each adds what those above can't hold.
-# (The ladder VAE warms up its KL for the same reason, Sonderby et al. 2016.)
-WAKES = [0.3, 0.4, 0.5, 0.6]  # of all steps: when the 8x8, 16x16, 32x32 and 64x64 latents begin to count
-
+CHECKPOINT_VERSION = 3
 WARM_UP = 50  # steps: the learning rate rises over these, and throughput is measured after them
 
 
-def load_data(path):
-    """The data file that `prepare` wrote, memory-mapped."""
+def choose_device(wish=None):
+    """The device that was wished for, or the fastest that PyTorch sees."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [name for name in there if there[name]]
+    if wish and wish not in available:
+        raise Stop(f"PyTorch sees no {wish} device here; --device takes one of: {', '.join(available)}.")
+    return torch.device(wish or available[0])
+
+
+def cpu_has_bfloat16():
+    """Whether this processor, as PyTorch is told to use it, has instructions for bfloat16."""
+    capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return capable and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def cpu_autocast():
+    """For CLIP on a processor. On CUDA, CLIP's weights are in half precision anyway."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16())
+
+
+def choose_precision(device, wish=None):
+    """The number format of convolutions and matrix products, and why: a torch.dtype and a few words.
+
+    bfloat16 has float32's range and needs no care. float16 is what an older card (Colab's T4) computes
+    fast; its range is small, so fit scales the loss. Losses and normalisations stay in float32.
+    """
+    possible = [torch.float32]
+    if device.type == "cuda":  # a T4 only emulates bfloat16, slowly: ask for the real thing
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        possible = [torch.bfloat16, torch.float16, torch.float32] if real else [torch.float16, torch.float32]
+    elif device.type == "cpu":
+        slow = [torch.float32, torch.bfloat16, torch.float16]
+        possible = [torch.bfloat16, torch.float32, torch.float16] if cpu_has_bfloat16() else slow
+    if wish and getattr(torch, wish) not in possible:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in possible)
+        raise Stop(f"This {device.type} device can't compute in {wish}; --precision takes one of: {names}.")
+    return (getattr(torch, wish), "as asked") if wish else (possible[0], "the fastest that it computes well")
+
+
+def load_data(path, device=torch.device("cpu")):
+    """The data file that `prepare` wrote. Pictures stay memory-mapped, embeddings go to the device."""
     if not Path(path).exists():
         raise Stop(f"There is no data file at {path}; make one first: python cvae.py prepare")
-    return load(path, "data file", DATA_VERSION)
+    data = load(path, "data file", DATA_VERSION)
+    return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "part")}
+
+
+def rows_of(data, part):
+    """The numbers of the photographs in one part of the data: (n,)."""
+    return (data["part"] == part).nonzero()[:, 0]
 
 
 def pool_images(images, size):
@@ -863,326 +714,519 @@ def pool_images(images, size):
 
 
 def to_device(images, device):
-    """Put the whole tensor on the device; if it would take over half of the free memory, keep it in RAM."""
+    """Put the whole tensor on the device; if it would take over half of a card's free memory, keep it in RAM."""
     if device.type == "cuda" and images.nbytes > 0.5 * torch.cuda.mem_get_info()[0]:
         print(f"{images.nbytes / 1e9:.1f} GB of pictures stay in host memory; batches are copied as needed.")
         return images
     return images.to(device)
 
 
-def take(images, index, device):
-    """Pictures by index as floats in [0, 1], channels last: (n, 3, S, S)."""
-    batch = images[index.to(images.device)]
-    if batch.device != device:  # page-locked host memory, so that the copy runs beside the arithmetic
-        batch = batch.pin_memory().to(device, non_blocking=True)
+def take(images, rows, device):
+    """Pictures by number as floats in [0, 1], channels last (faster convolutions): (n, 3, S, S)."""
+    batch = images[rows.to(images.device)]
+    if device.type == "cuda" and batch.device != device:  # page-locked, so that the copy runs beside the arithmetic
+        batch = batch.pin_memory()
+    batch = batch.to(device, non_blocking=True)
     return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
-def conditions_of(data, kind):
-    """What the model is conditioned on: image embeddings (N, 1, D) or the captions' (N, 5, D)."""
-    return data["image_embeddings"][:, None] if kind == "image" else data["caption_embeddings"]
-
-
-@torch.no_grad()
-def evaluate_elbo(model, images, conditions, device, objective=elbo_loss):
-    """Held-out figures: dict with held_out_loss, bpd, kl (nats), kl_levels (list) and psnr (dB).
-
-    images uint8 (N, 3, S, S), conditions (N, D). The Gaussian's one variance is its best over the
-    whole set, for either objective, so the figures compare.
-    """
-    model.eval()
-    torch.manual_seed(0)  # the same posterior noise at every call
-    squares, kl, loss = 0.0, 0.0, 0.0
-    for index in torch.arange(len(images), device=device).split(64):
-        x = take(images, index, device)
-        with autocast(device):
-            picture, kls = model(x, conditions[index])
-        squares += (picture.float() - x).square().sum().double()
-        kl += kls.sum(0).double()
-        loss += objective(picture, x, kls).double() * len(x) / len(images)
-    dimensions = images[0].numel()
-    mse = squares / (len(images) * dimensions)
-    kl = kl / len(images)
-    nats = gaussian_nll(mse + QUANTISATION, dimensions) + kl.sum()
-    return {"held_out_loss": loss.item(), "bpd": bits_per_dimension(nats, dimensions).item(), "kl": kl.sum().item(),
-            "kl_levels": kl.tolist(), "psnr": -10 * torch.log10(mse).item()}
-
-
-@torch.no_grad()
-def fit_latent_prior(model, images, conditions, device):
-    """Fit p(z_0 | c) to what the encoder does with (up to 1,024) training pictures: fit_conditional's dict.
-
-    Training pulls every q(z_0 | x, c) towards N(0, I), but their mixture over all pictures stays
-    off-centre, correlated, and dependent on c. Draws of N(0, I) land where no picture ever was, and
-    the decoder answers with grey mush. The best prior is that mixture itself ("VampPrior", Tomczak &
-    Welling 2018, arXiv 1705.07120; "Exemplar VAE", Norouzi et al. 2020, arXiv 2004.04795). Ours is
-    section 2's line through it, with residuals of pictures whose conditions are alike.
-    """
-    model.eval()
-    torch.manual_seed(0)
-    latents, used = [], conditions[:1024, 0]                                            # (n, D)
-    for index in torch.arange(len(used), device=device).split(64):
-        mu, logvar, _ = model.encode(take(images, index, device), used[index])
-        latents.append(gaussian_sample(mu, logvar))
-    return fit_conditional(used, torch.cat(latents), strength=0.3)
-
-
 def learning_rate(step, total, peak):
-    """Linear warm-up, a plateau, and a linear descent to zero over the last 40% of the steps.
+    """Linear warm-up, a plateau, and a linear descent to zero over the second half of the steps.
 
-    The plateau is for the levels: under a cosine, the finest would wake when half of the rate is gone.
+    A run that is resumed with more epochs goes back up to the plateau and descends at its new end.
     """
-    return peak * min(1, (step + 1) / WARM_UP, (total - step) / (0.4 * total))
+    return peak * min(1, (step + 1) / WARM_UP, (total - step) / (0.5 * total))
 
 
-def arithmetic_per_image(model, x, condition):
-    """Floating-point operations of one training step per image, counted by PyTorch."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        picture, kl = model(x, condition)
-        elbo_loss(picture, x, kl).backward()
-    model.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / len(x)
+def follow(mean, network, step):
+    """Move a running mean of the weights towards the weights: slowly, but quickly at first.
+
+    The mean is what samples: it has less noise than any single step's weights (Polyak & Juditsky 1992).
+    """
+    with torch.no_grad():
+        for averaged, weight in zip(mean.parameters(), network.parameters()):
+            averaged.lerp_(weight, max(0.001, 9 / (step + 9)))
+        for kept, buffer in zip(mean.buffers(), network.buffers()):
+            kept.copy_(buffer)
 
 
-def peak_memory(device):
-    """The most memory used so far, in GB: the GPU's if there is one, else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def compiled(model, x, condition):
-    """The model compiled by torch.compile on CUDA, proven by one call; the model itself where it can't be."""
-    if x.device.type != "cuda":
-        return model
+def compiled(network, example, wanted):
+    """The network compiled by torch.compile on CUDA, proven by one call; the network itself where it can't be."""
+    if example[0].device.type != "cuda" or not wanted:
+        return network
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     try:
-        forward = torch.compile(model)
-        with autocast(x.device):
-            picture, kl = forward(x, condition)
-        elbo_loss(picture, x, kl).backward()  # the backward pass is compiled when it first runs
+        forward = torch.compile(network)
+        output = forward(*example)
+        sum(part.float().mean() for part in (output if isinstance(output, tuple) else [output])).backward()
         return forward
     except Exception as error:  # no C compiler, no Triton, ...: the lesson goes on, slower
         print(f"torch.compile can't be used here ({first_line(error)}); training goes on without it.")
-        return model
+        return network
     finally:
-        model.zero_grad()  # also where the backward pass broke off half-way
+        network.zero_grad()  # also where the backward pass broke off half-way
 
 
-def save_grid(path, rows, labels):
-    """Draw rows of pictures, each (n, 3, S, S) in [0, 1], with a label above each row, as a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    width = max(1.35 * max(len(row) for row in rows), 4)  # inches
-    height = 1.35 + 0.3
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # an emoji has no glyph: a box will do
-        figure, axes = plt.subplots(len(rows), squeeze=False, figsize=(width, height * len(rows)))
-        for axis, row, label in zip(axes[:, 0], rows, labels):
-            strip = F.pad(row.float().cpu(), (2, 2, 2, 2), value=1.0)         # (n, 3, S+4, S+4)
-            axis.imshow(strip.permute(2, 0, 3, 1).flatten(1, 2).numpy())      # side by side
-            limit = int(14 * width)
-            axis.set_title(label if len(label) <= limit else label[:limit] + " ...", fontsize=9,
-                           loc="left", pad=3, parse_math=False)
-            axis.axis("off")
-            axis.set_anchor("W")
-        figure.tight_layout(pad=0.3)
-        with atomic(path) as temporary:
-            # a quarter of the time for a fifth more bytes: a picture is written after every epoch
-            figure.savefig(temporary, dpi=150, format="png", pil_kwargs={"compress_level": 1})
-        plt.close(figure)
+def count_parameters(network):
+    """In millions, as text."""
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f}"
 
 
-def save_curves(path, history):
-    """Draw the training loss and the held-out figures, epoch by epoch."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
-    epochs = range(1, len(history) + 1)
-    for axis, names, title in ((left, ("train_loss", "held_out_loss"), "loss"), (right, ("bpd",), "bits per dimension")):
-        for name in names:
-            axis.plot(epochs, [h[name] for h in history], "o-", markersize=3, label=name.replace("_", " "))
-        axis.set(xlabel="epoch", title=title)
-        axis.legend()
-    figure.tight_layout()
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+def vae_part(vae, images, data, config, device, dtype):
+    """What fit needs to train the VAE."""
+    objective, rows = OBJECTIVES[config["objective"]], rows_of(data, TRAINING)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    with autocast():
+        example = take(images, rows[:config["batch"]], device), *draw_condition(data, rows[:config["batch"]], device)
+        forward = compiled(vae, example, config["compile"])
+
+    def loss(rows, step, total):
+        x = take(images, rows, device)                                                  # (n, 3, S, S)
+        with autocast():
+            picture, kl = forward(x, *draw_condition(data, rows, device))
+        mse = F.mse_loss(picture.detach(), x) + QUANTISATION
+        vae.variance.lerp_(mse, max(0.01, 1 / (step + 1)))
+        # the KL fades in over the first eighth: a code must say something before it is taxed
+        return objective(picture, x, kl, min(1, 8 * step / total))
+
+    def examine(mean):
+        return measure_vae(mean, images, data, rows_of(data, VALIDATION), device, objective)
+
+    def draw(path, mean):
+        some = rows_of(data, VALIDATION)[:8]
+        x, kind = take(images, some, device), torch.full((len(some),), PICTURE, device=device)
+        save_grid(path, [x, mean(x, data["image_embeddings"][some], kind)[0]],
+                  ["photographs kept for validation", "their reconstructions"])
+
+    x = take(images, rows[:512], device)
+    grey = x.mean((0, 2, 3), keepdim=True).expand_as(x)  # the best that can be said without looking
+    return SimpleNamespace(name="vae", network=vae, rows=rows, batch=config["batch"], epochs=config["epochs"],
+                           rate=config["lr"], option="--lr", loss=loss, examine=examine, draw=draw,
+                           ignorance=objective(grey, x, torch.zeros(len(x), device=device)).item())
 
 
-def save_progress(path, model, data, prior, latent_prior, config, device):
-    """After every epoch: the same held-out photographs reconstructed, the same captions sampled."""
-    chosen = data["held_out"].nonzero()[:8, 0]                                          # (8,)
-    x = pool_images(data["images"][chosen], config["size"]).to(device) / 255
-    model.eval()
-    torch.manual_seed(0)
-    with torch.no_grad(), autocast(device):
-        reconstructions = model(x, conditions_of(data, config["condition"])[chosen, 0].to(device))[0]
-    rows, labels = [x, reconstructions], ["held-out photographs", "their reconstructions"]
-    for number in chosen[:3].tolist():
-        torch.manual_seed(0)
-        text = data["caption_embeddings"][number, :1].expand(8, -1)                     # (8, D)
-        rows.append(model.generate(text_conditions(text, prior).to(device), latent_prior, TEMPERATURE))
-        labels.append(data["captions"][number][0])
-    save_grid(path, rows, labels)
+@torch.no_grad()
+def measure_vae(vae, images, data, rows, device, objective=elbo_loss):
+    """Figures on photographs that were not trained on: dict with loss, bpd, kl (nats) and psnr (dB).
+
+    The Gaussian's variance is the one of training, not one fitted to the pictures that are measured.
+    """
+    vae.eval()
+    torch.manual_seed(0)  # the same noise at every call
+    squares, kl, loss = 0.0, 0.0, 0.0
+    for some in rows.split(64):
+        x, kind = take(images, some, device), torch.full((len(some),), PICTURE, device=device)
+        picture, kls = vae(x, data["image_embeddings"][some], kind)
+        squares += (picture - x).square().sum().item()
+        kl += kls.sum().item() / len(rows)
+        loss += objective(picture, x, kls, variance=vae.variance).item() * len(some) / len(rows)
+    dimensions = images[0].numel()
+    mse = torch.tensor(squares / (len(rows) * dimensions))
+    nats = gaussian_nll(mse + QUANTISATION, dimensions, vae.variance.cpu()) + kl
+    return {"loss": loss, "bpd": bits_per_dimension(nats, dimensions).item(), "kl": kl,
+            "psnr": -10 * torch.log10(mse).item()}
 
 
-def load_checkpoint(path):
-    """A checkpoint of a run: configuration, prior, weights and, in last.pt, all that resuming needs."""
-    return load(path, "checkpoint", CHECKPOINT_VERSION)
+def fit(part, run, config, models, history, device, dtype, saved=None):
+    """Train one network: the loop that both parts share. Writes best.pt, last.pt, loss.png and epoch.png.
+
+    `part` comes from vae_part or prior_part; `saved` is what last.pt says about it when a run is resumed.
+    The running mean of the weights ends up in models[part.name]. Raises Stop when the loss becomes NaN or
+    worse than ignorance, KeyboardInterrupt (after saving) on Ctrl-C.
+    """
+    network, batch = part.network, min(part.batch, len(part.rows))  # few photographs still train
+    epoch_steps = len(part.rows) // batch
+    total = part.epochs * epoch_steps
+    models[part.name] = mean = deepcopy(network).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    state = {"part": part.name, "step": 0, "running": 0.0, "best": math.inf}
+    if saved:
+        for name, thing in (("network", network), ("mean", mean), ("optimizer", optimizer), ("scaler", scaler)):
+            thing.load_state_dict(saved[name])
+        state = {name: saved[name] for name in state}
+    clock, drawn = SimpleNamespace(seconds=0.0, images=0), 0.0
+
+    def save_last():
+        training = state | {"running": float(state["running"]), "done": state["step"] >= total, "network": network.state_dict(),
+                            "mean": mean.state_dict(), "optimizer": optimizer.state_dict(),
+                            "scaler": scaler.state_dict()}
+        save_checkpoint(run / "last.pt", config, models, history, training)
+
+    save_last()
+    with noted_interrupts() as interrupted:
+        while state["step"] < total:
+            epoch = state["step"] // epoch_steps + 1
+            mean_loss = train_epoch(part, state, total, batch, config["seed"], mean, optimizer, scaler,
+                                    interrupted, clock)
+            if state["step"] % epoch_steps == 0:  # the epoch is complete
+                figures = part.examine(mean)
+                must_be_sane(mean_loss + figures["loss"], part, run)
+                if state["step"] - epoch_steps > 2 * WARM_UP and mean_loss > part.ignorance:
+                    raise Stop(f"Training diverged: in epoch {epoch} the loss was {mean_loss:.3g}, and knowing nothing "
+                               f"costs {part.ignorance:.3g}. Start anew with a lower rate, such as {part.option} "
+                               f"{part.rate / 3:.1g}. {run} keeps its best checkpoint.")
+                history[part.name].append({"train_loss": mean_loss, **figures})
+                state["running"] = 0.0
+                if figures["loss"] < state["best"]:
+                    state["best"] = figures["loss"]
+                    save_checkpoint(run / "best.pt", config, models, history)
+                print(f"{part.name}, epoch {epoch}/{part.epochs}: training loss {mean_loss:.3f}, validation "
+                      + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+                if time.monotonic() - drawn > 30 or epoch == part.epochs:  # pictures take a second or two
+                    save_curves(run / "loss.png", history)
+                    part.draw(run / "epoch.png", mean)
+                    drawn = time.monotonic()
+            save_last()
+            if interrupted and state["step"] < total:
+                raise KeyboardInterrupt(f"Stopped at step {state['step']} of {total}, nothing is lost. Go on with: "
+                                        f"python cvae.py train --resume --run {run}")
+    if clock.images:
+        print(f"{part.name}: {clock.images / clock.seconds:.0f} images/s after warm-up")
 
 
-def newest_run(name):
-    """The run folder whose file `name` is the youngest."""
-    files = sorted(Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise Stop("There is no trained model in runs/ yet; train one first: python cvae.py train")
-    return files[-1].parent
+def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interrupted, clock):
+    """Train to the end of an epoch, or to Ctrl-C; return the epoch's mean loss so far."""
+    epoch_steps = len(part.rows) // batch
+    epoch, offset = divmod(state["step"], epoch_steps)
+    shuffle = torch.Generator().manual_seed(seed * 1000 + epoch)
+    order = part.rows[torch.randperm(len(part.rows), generator=shuffle)]
+    part.network.train()
+    mark, marked = time.perf_counter(), state["step"]
+    with tqdm(total=epoch_steps * batch, initial=offset * batch, unit="img", leave=False,
+              desc=f"{part.name}, epoch {epoch + 1}/{part.epochs}") as bar:
+        while offset < epoch_steps and not interrupted:
+            step = state["step"]
+            torch.manual_seed(seed * 1_000_003 + step)
+            loss = part.loss(order[offset * batch:][:batch], step, total)
+            scaler.scale(loss).backward()  # scaler does nothing unless we compute in float16
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(part.network.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, part.rate)
+            scaler.step(optimizer)         # skipped where a float16 gradient overflowed: no harm, no NaN
+            scaler.update()
+            optimizer.zero_grad()
+            follow(mean, part.network, step + 1)
+            state["running"] = state["running"] + loss.detach()
+            state["step"], offset = step + 1, offset + 1
+            bar.update(batch)
+            if offset % 20 == 0 or offset == epoch_steps or interrupted:
+                mean_loss = float(state["running"]) / offset  # waits for the device
+                must_be_sane(mean_loss, part)
+                bar.set_postfix(loss=f"{mean_loss:.3f}")
+                if marked >= WARM_UP:
+                    clock.seconds += time.perf_counter() - mark
+                    clock.images += (state["step"] - marked) * batch
+                mark, marked = time.perf_counter(), state["step"]
+    return float(state["running"]) / offset
+
+
+def must_be_sane(loss, part, run="The run"):
+    """Stop a training whose loss is no number any more."""
+    if not math.isfinite(loss):
+        raise Stop(f"The loss became NaN. {run} keeps its last good checkpoint; start anew with a lower rate, such as "
+                   f"{part.option} {part.rate / 2:g}.")
+
+
+DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "prior": "flow", "objective": "elbo", "dropout": 0.0,
+            "epochs": 30, "prior_epochs": 100, "batch": 32, "lr": 3e-3, "prior_lr": 1e-3, "prior_width": 256, "seed": 0,
+            "compile": True}
+CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
+
+
+def open_run(args):
+    """A new run's folder and configuration, or a resumed one's: run, config, checkpoint (None if new)."""
+    given = {name: value for name, value in vars(args).items() if name in DEFAULTS and value is not None}
+    if not args.resume:
+        if args.run and (Path(args.run) / "last.pt").exists():
+            raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
+        return Path(args.run) if args.run else None, DEFAULTS | given, None
+    run = Path(args.run or newest_run("last.pt"))
+    checkpoint = load(run / "last.pt", "checkpoint", CHECKPOINT_VERSION)
+    config, training = checkpoint["config"], checkpoint["training"]
+    for name, value in given.items():
+        option = "--" + name.replace("_", "-")
+        if value != config[name] and name not in CHANGEABLE:
+            raise Stop(f"{run} was started with {option} {config[name]}, and that can't change on the way. "
+                       "Leave the option out, or start a new run.")
+        if name == "epochs" and value != config[name] and training["part"] == "prior":
+            raise Stop(f"The prior of {run} has begun to learn this VAE's codes, so the VAE can't be trained longer. "
+                       "Train the prior longer (--prior-epochs), or start a new run.")
+        if value < config[name] if name in ("epochs", "prior_epochs") else False:
+            raise Stop(f"{run} is set to {config[name]} epochs; {option} can only make it longer.")
+    longer = config["prior"] == "flow" and given.get("prior_epochs", 0) > config["prior_epochs"]
+    longer = longer or given.get("epochs", 0) > config["epochs"]
+    last_part = "prior" if config["prior"] == "flow" else "vae"
+    if training["part"] == last_part and training["done"] and not longer:
+        more = "prior-epochs" if config["prior"] == "flow" else "epochs"
+        raise Stop(f"{run} is finished: there is nothing left to do. To train it longer, give a larger number, "
+                   f"such as --resume --{more} {2 * config[more.replace('-', '_')]}.")
+    return run, config | given, checkpoint
 
 
 def train(args):
-    """Train a model on a data file; write a run folder with best.pt, last.pt, loss.png and epoch.png.
+    """Train the VAE, then the prior on its codes; write a run folder with checkpoints and pictures.
 
-    The run's configuration is stored in its checkpoints, so --resume needs no other option. Raises
-    Stop when the loss becomes NaN, KeyboardInterrupt (after saving) on Ctrl-C.
+    The run's configuration is stored in its checkpoints, so --resume needs no other option.
     """
-    if args.resume:
-        run = Path(args.run or newest_run("last.pt"))
-        checkpoint = load_checkpoint(run / "last.pt")
-        config = checkpoint["config"]
-    else:
-        run = Path(args.run or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.size}-{args.latents}")
-        if (run / "last.pt").exists():
-            raise Stop(f"{run} already holds a run. Continue it with --resume, or choose another --run.")
-        names = ["data", "size", "latents", "condition", "objective", "dropout", "epochs", "batch", "lr", "seed"]
-        config = {name: getattr(args, name) for name in names}
-    data = load_data(config["data"])
+    device = choose_device(args.device)
+    dtype, why = choose_precision(device, args.precision)
+    run, config, checkpoint = open_run(args)
+    data = load_data(config["data"], device)
     facts = {"condition_dim": data["image_embeddings"].shape[-1], "clip": data["clip"],
-             "clip_fingerprint": data["clip_fingerprint"], "photographs": len(data["images"])}
-    if args.resume and any(config[name] != fact for name, fact in facts.items()):
+             "clip_fingerprint": data["clip_fingerprint"], "fingerprint": data["fingerprint"]}
+    if checkpoint and data["fingerprint"] != config["fingerprint"]:
         raise Stop(f"{config['data']} is not the data that {run} was trained on (other photographs or another "
-                   "CLIP); a run can't change its data on the way.")
+                   "CLIP); a run can't change its data on the way. If the file has moved, name it with --data.")
     config |= facts
-    device = pick_device()
-    held = data["held_out"]
-    images = to_device(pool_images(data["images"][~held], config["size"]), device)     # uint8 (N, 3, S, S)
-    held_images = to_device(pool_images(data["images"][held], config["size"]), device)
-    conditions = conditions_of(data, config["condition"])[~held].to(device)            # (N, 1 or 5, D)
-    held_conditions = conditions_of(data, config["condition"])[held][:, 0].to(device)  # (M, D)
-    batch = min(config["batch"], len(images))  # fewer photographs than a batch still train
-    epoch_steps = len(images) // batch
-    total = config["epochs"] * epoch_steps
-
+    images = to_device(pool_images(data["images"], config["size"]), device)             # uint8 (N, 3, S, S)
+    run = run if checkpoint else claim_run(run, config)
     torch.manual_seed(config["seed"])
-    model = build_model(config).to(device, memory_format=torch.channels_last)
-    model.condition_mean.copy_(conditions.mean((0, 1)))
-    model.condition_std.copy_(conditions.flatten(0, 1).std(0) + 1e-6)
-    forward = compiled(model, take(images, torch.arange(batch, device=device), device), conditions[:batch, 0])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=True)  # one pass over all weights: a fifth of a CPU step saved
-    objective = OBJECTIVES[config["objective"]]
-    wakes = torch.tensor(WAKES[:len(model.awake)], device=device)
-    step, running, best, history, latent_prior = 0, 0.0, math.inf, [], None
-    if args.resume:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step, running, best, history, prior, latent_prior = (checkpoint[name] for name in (
-            "step", "running", "best", "history", "prior", "latent_prior"))
-    elif config["condition"] == "image":
-        prior, cosine_without, cosine = fit_prior(data)
-        print(f"prior: cosine of held-out captions with their photographs {cosine_without:.3f}, "
-              f"through the prior {cosine:.3f}")
+    vae = VAE(config["size"], config["condition_dim"], config["latents"], config["dropout"])
+    vae.condition.learn_statistics(data, rows_of(data, TRAINING))
+    vae = vae.to(device, memory_format=torch.channels_last)
+    print(f"{run}: {len(rows_of(data, TRAINING))} photographs of {config['size']} pixels, on {device.type} in "
+          f"{str(dtype).removeprefix('torch.')} ({why}); {count_parameters(vae)} million parameters in the VAE")
+    models = {"vae": vae, "prior": None}
+    history = checkpoint["history"] if checkpoint else {"vae": [], "prior": []}
+    saved = checkpoint["training"] if checkpoint else {"part": "vae"}
+
+    if saved["part"] == "vae":
+        part = vae_part(vae, images, data, config, device, dtype)
+        fit(part, run, config, models, history, device, dtype, saved if checkpoint else None)
+        best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["vae"]  # of the epoch with the best validation
     else:
-        prior = None  # a model conditioned on captions needs no bridge
-
-    def save_checkpoint(name):
-        content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "prior": prior,
-                   "latent_prior": latent_prior, "model": model.state_dict(), "history": history}
-        if name == "last.pt":  # what resuming needs, and sampling does not
-            content |= {"optimizer": optimizer.state_dict(), "step": step, "running": float(running), "best": best}
-        save(content, run / name)
-
-    def must_be_finite(value):
-        if not math.isfinite(value):
-            raise Stop(f"The loss became NaN near step {step}. {run} keeps its last good checkpoint; start "
-                       f"anew with a lower rate, such as --lr {config['lr'] / 2:g}.")
-
-    print(f"{run}: {len(images)} photographs, {len(held_images)} held out, {config['size']} pixels, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {device}")
-    interrupted = []  # Ctrl-C only leaves a note here: the step is finished first
-    previous_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    seconds, seen = 0.0, 0  # for the throughput after warm-up
-    try:
-        while step < total:
-            model.train()
-            epoch = step // epoch_steps
-            shuffle = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
-            order = torch.randperm(len(images), generator=shuffle).to(images.device)
-            bar = tqdm(total=epoch_steps * batch, initial=step % epoch_steps * batch, unit="img", leave=False,
-                       desc=f"epoch {epoch + 1}/{config['epochs']}")
-            mark, marked = time.perf_counter(), step
-            while step < (epoch + 1) * epoch_steps and not interrupted:
-                torch.manual_seed(config["seed"] * 1_000_003 + step)
-                model.awake.copy_(step >= wakes * total)
-                index = order[step % epoch_steps * batch:][:batch]
-                x = take(images, index, device)                                        # (n, 3, S, S)
-                # one of the captions, drawn anew at every visit (with image embeddings: the only one)
-                which = torch.randint(conditions.shape[1], (batch,), device=device)
-                with autocast(device):
-                    picture, kl = forward(x, conditions[index.to(device), which])
-                loss = objective(picture, x, kl)  # in float32
-                loss.backward()
-                if config["objective"] == "elbo":  # the report did not clip
-                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, total, config["lr"])
-                optimizer.step()
-                optimizer.zero_grad()
-                running = running + loss.detach()
-                step += 1
-                bar.update(batch)
-                if step % 20 == 0 or step % epoch_steps == 0 or interrupted:
-                    mean_loss = float(running) / ((step - 1) % epoch_steps + 1)  # waits for the device
-                    must_be_finite(mean_loss)
-                    bar.set_postfix(loss=f"{mean_loss:.3f}")
-                    if marked >= WARM_UP:
-                        seconds, seen = seconds + time.perf_counter() - mark, seen + (step - marked) * batch
-                    mark, marked = time.perf_counter(), step
-            bar.close()
-            if step % epoch_steps == 0:  # the epoch is complete
-                figures = evaluate_elbo(model, held_images, held_conditions, device, objective)
-                must_be_finite(figures["bpd"])
-                history.append({"train_loss": mean_loss, **figures})
-                latent_prior = fit_latent_prior(model, images, conditions, device)
-                running = 0.0
-                if figures["held_out_loss"] < best:
-                    best = figures["held_out_loss"]
-                    save_checkpoint("best.pt")
-                print(f"epoch {epoch + 1}: training loss {mean_loss:.3f}, held-out {figures['held_out_loss']:.3f}, "
-                      f"{figures['bpd']:.3f} bits/dim, KL {figures['kl']:.0f} nats, PSNR {figures['psnr']:.1f} dB")
-                save_curves(run / "loss.png", history)
-                save_progress(run / "epoch.png", model, data, prior, latent_prior, config, device)
-            save_checkpoint("last.pt")
-            if interrupted and step < total:
-                raise KeyboardInterrupt(f"Stopped at step {step} of {total}, nothing is lost. Go on with: "
-                                        f"python cvae.py train --resume --run {run}")
-    finally:
-        signal.signal(signal.SIGINT, previous_handler)
-    work = arithmetic_per_image(model, take(images, torch.arange(2, device=device), device), conditions[:2, 0])
-    speed = f"{seen / seconds:.0f} images/s after warm-up" if seen else "too short a run to measure images/s"
-    print(f"{run}: {speed}, {peak_memory(device):.1f} GB peak memory, {work / 1e9:.2f} GFLOP per image and step")
+        best = checkpoint["vae"]
+    vae.load_state_dict(best)
+    models["vae"] = vae.requires_grad_(False).eval()
+    if config["prior"] == "flow":
+        part = prior_part(vae, images, data, config, device, dtype, models)
+        print(f"{run}: now the prior, {count_parameters(part.network)} million parameters")
+        fit(part, run, config, models, history, device, dtype, saved if saved["part"] == "prior" else None)
+        best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["prior"]
+        models["prior"].load_state_dict(best)
+    save_prior_picture(run / "prior.png", models, images, data, device)
 
 
-# %% 6. Sampling ------------------------------------------------------------------------------------
-# A prompt becomes a condition in three steps: CLIP's text encoder, the prior, and guidance. Then the
-# ladder draws: z_0, each level's latents, and the picture is the mean of p(x | z, c).
+# %% 6. The prior -----------------------------------------------------------------------------------
+# The VAE is trained; now draw z from N(0, I) and decode it: fog. Why? Training pulls each q(z | x, c) towards
+# N(0, I), one picture at a time, and stops where the picture would suffer. Nothing makes the codes of all
+# photographs together, the aggregated posterior, look like N(0, I). In it neighbouring cells agree (sky
+# beside sky), and it depends on c. N(0, I) knows neither, so its draws are codes that no picture ever had.
+# (train draws both as prior.png.) The cure is to learn the distribution of the codes: p(z | c).
+#
+# Flow matching (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003) learns it by
+# regression. Join a code z and a noise e by a straight line, and walk along it with time t:
+#
+#     z_t = (1 - t) z + t e          t = 0: a code, t = 1: noise          velocity  dz_t / dt = e - z
+#
+# A network sees z_t, t and c, and guesses the velocity. Many lines cross at z_t, so the best guess is the
+# mean of their velocities, and a theorem says: whoever starts at pure noise and follows these means back
+# to t = 0 ends in a draw from p(z | c). That is all of sampling.
+#
+# The network is a small transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748): each 2x2 patch of the grid
+# is a token, and attention lets all patches agree with each other. A flat code is a single token.
+
+TIME = 64  # numbers that describe the time t
+HEAD = 64  # width of an attention head
+DEPTH = 6  # transformer blocks
+
+
+class Block(nn.Module):
+    """A transformer block that time and condition steer (adaLN-zero, from DiT).
+
+    Tokens (N, T, W) and a steering vector (N, W) -> tokens (N, T, W). The vector says for attention and for
+    the dense half how to shift and scale what goes in, and how much of what comes out to add: at
+    first nothing, since those layers start at zero.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+        self.steer = nn.Linear(width, 6 * width)
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.from_heads = nn.Linear(width, width)
+        self.dense = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        nn.init.zeros_(self.steer.weight)
+        nn.init.zeros_(self.steer.bias)
+
+    def forward(self, h, steering):
+        shift_a, scale_a, gate_a, shift_d, scale_d, gate_d = self.steer(steering)[:, None].chunk(6, dim=2)
+        normed = F.layer_norm(h, (self.width,)) * (1 + scale_a) + shift_a               # (N, T, W)
+        q, k, v = self.to_qkv(normed).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)  # (N, heads, T, 64) each
+        mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / 8) v: each token asks all others
+        h = h + gate_a * self.from_heads(mixed.transpose(1, 2).flatten(2))
+        normed = F.layer_norm(h, (self.width,)) * (1 + scale_d) + shift_d
+        return h + gate_d * self.dense(normed)
+
+
+class Flow(nn.Module):
+    """The velocity network. shape: (C, s, s) of a code; width: W of the transformer."""
+
+    def __init__(self, shape, condition_dim, width):
+        super().__init__()
+        channels, side, _ = shape
+        self.shape, self.width = shape, width
+        self.patch = 2 if side > 1 else 1
+        numbers = channels * self.patch**2                       # in one token
+        self.condition = Condition(condition_dim, width)
+        self.time = nn.Sequential(nn.Linear(TIME, width), nn.SiLU(), nn.Linear(width, width))
+        self.to_tokens = nn.Linear(numbers, width)
+        self.position = nn.Parameter(0.02 * torch.randn((side // self.patch) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(DEPTH))
+        self.steer = nn.Linear(width, 2 * width)
+        self.to_velocity = nn.Linear(width, numbers)
+        for layer in (self.steer, self.to_velocity):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        # where the codes lie: the flow works on codes of mean 0 and variance 1 in each channel
+        self.register_buffer("center", torch.zeros(channels, 1, 1))
+        self.register_buffer("scale", torch.ones(channels, 1, 1))
+
+    def forward(self, z, t, embedding, kind):
+        """Codes on their way z (N, C, s, s), times t (N,), conditions -> velocities (N, C, s, s)."""
+        h = F.pixel_unshuffle(z, self.patch)                                            # (N, 4C, s/2, s/2)
+        grid = h.shape[2:]
+        h = self.to_tokens(h.flatten(2).transpose(1, 2)) + self.position                # (N, T, W)
+        # a wave for each of many frequencies tells nearby times apart as well as distant ones
+        waves = 1000 * t[:, None] * torch.exp(-math.log(10000) * torch.linspace(0, 1, TIME // 2, device=t.device))
+        time = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))                  # (N, W)
+        steering = F.silu(time + self.condition(embedding, kind))                       # (N, W)
+        for block in self.blocks:
+            h = block(h, steering)
+        shift, scale = self.steer(steering)[:, None].chunk(2, dim=2)
+        h = self.to_velocity(F.layer_norm(h, (self.width,)) * (1 + scale) + shift)      # (N, T, 4C)
+        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch)        # (N, C, s, s)
+
+
+def flow_loss(flow, z, embedding, kind, drop=0.1):
+    """Mean squared error of the guessed velocities of standardised codes z (n, C, s, s): a scalar.
+
+    Two details. Times are logit-normal: the middle of the way, where the guess is hardest, is visited most
+    (Esser et al. 2024, arXiv 2403.03206). In a tenth of the steps the condition is dropped, so that
+    the same network also learns the codes of pictures in general; guidance needs that.
+    """
+    t = torch.sigmoid(torch.randn(len(z), device=z.device))                             # (n,)
+    noise = torch.randn_like(z)
+    kind = torch.where(torch.rand(len(z), device=z.device) < drop, NOTHING, kind)
+    t_grid = t[:, None, None, None]
+    velocity = flow((1 - t_grid) * z + t_grid * noise, t, embedding, kind)
+    return F.mse_loss(velocity.float(), noise - z)
+
+
+@torch.no_grad()
+def encode_photographs(vae, images, data, device):
+    """Where the encoder puts each photograph of the data: mu and sigma, (N, C, s, s) each."""
+    mu, sigma = [], []
+    for rows in tqdm(torch.arange(len(images), device=device).split(64), desc="encoding photographs", leave=False):
+        kind = torch.full((len(rows),), PICTURE, device=device)
+        some_mu, logvar = vae.encode(take(images, rows, device), data["image_embeddings"][rows], kind)
+        mu.append(some_mu.contiguous())
+        sigma.append(torch.exp(0.5 * logvar).contiguous())
+    return torch.cat(mu), torch.cat(sigma)
+
+
+def prior_part(vae, images, data, config, device, dtype, models):
+    """What fit needs to train the prior on the codes of a trained VAE."""
+    mu, sigma = encode_photographs(vae, images, data, device)
+    rows = rows_of(data, TRAINING)
+    torch.manual_seed(config["seed"])
+    flow = Flow(vae.shape, config["condition_dim"], config["prior_width"])
+    flow.condition.learn_statistics(data, rows)
+    flow.center.copy_(mu[rows].mean((0, 2, 3))[:, None, None])
+    # the variance of all codes is that of their means plus the mean of their variances
+    variance = mu[rows].var((0, 2, 3)) + (sigma[rows] ** 2).mean((0, 2, 3))
+    flow.scale.copy_(variance.sqrt()[:, None, None])
+    flow = flow.to(device)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+
+    def draw_code(rows):  # anew at every visit: the prior learns where q puts a picture, not one point of it
+        z = mu[rows] + sigma[rows] * torch.randn_like(mu[rows])
+        return (z - flow.center) / flow.scale
+
+    with autocast():
+        example = draw_code(rows[:128]), torch.rand(len(rows[:128]), device=device)
+        forward = compiled(flow, (*example, *draw_condition(data, rows[:128], device)), config["compile"])
+
+    def loss(rows, step, total):
+        with autocast():
+            return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device))
+
+    @torch.no_grad()
+    def examine(mean):
+        torch.manual_seed(0)
+        losses = []
+        for some in rows_of(data, VALIDATION).repeat(4).split(256):  # four noises for each
+            kind = torch.full((len(some),), CAPTION, device=device)
+            losses.append(flow_loss(mean, draw_code(some), data["caption_embeddings"][some, 0], kind, drop=0.0))
+        return {"loss": torch.stack(losses).mean().item()}
+
+    def draw(path, mean):
+        pictures, labels = [], []
+        for row in rows_of(data, VALIDATION)[:3].tolist():
+            torch.manual_seed(0)
+            text = data["caption_embeddings"][row, :1].expand(8, -1)                    # (8, D)
+            pictures.append(generate(models, text, CAPTION, torch.randn(8, *vae.shape, device=device)))
+            labels.append(data["captions"][row][0])
+        save_grid(path, pictures, labels)
+
+    # a network that always guesses zero pays the mean of (e - z)², which is 1 + 1
+    return SimpleNamespace(name="prior", network=flow, rows=rows, batch=128, epochs=config["prior_epochs"],
+                           rate=config["prior_lr"], option="--prior-lr", loss=loss, examine=examine, draw=draw,
+                           ignorance=2.0)
+
+
+@torch.no_grad()
+def draw_codes(flow, noise, embedding, kind, guidance, steps):
+    """Follow the flow from noise (N, C, s, s) to codes: a list of steps + 1 tensors, the last one codes.
+
+    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) asks the network twice, with the condition
+    and without it, and exaggerates the difference: 1 draws from p(z | c), more than 1 draws what sets c
+    apart, surer and less varied.
+    """
+    z, way = noise, [noise]
+    nothing = torch.full_like(kind, NOTHING)
+    times = torch.linspace(1, 0, steps + 1, device=noise.device)
+    for t, t_next in zip(times[:-1], times[1:]):  # Euler's method: small straight steps
+        velocity = flow(z, t.expand(len(z)), embedding, kind)
+        if guidance != 1:
+            without = flow(z, t.expand(len(z)), embedding, nothing)
+            velocity = without + guidance * (velocity - without)
+        z = z + (t_next - t) * velocity
+        way.append(z)
+    return [z * flow.scale + flow.center for z in way]
+
+
+def save_prior_picture(path, models, images, data, device):
+    """Show why a prior must be learned: codes of photographs, draws from N(0, I), draws from the flow.
+
+    All three are seen along the two directions in which the codes of photographs vary most.
+    """
+    rows = rows_of(data, TRAINING)[:1000]
+    vae, flow = models["vae"], models["prior"]
+    mu, sigma = encode_photographs(vae, images[rows.to(images.device)],
+                                   {"image_embeddings": data["image_embeddings"][rows]}, device)
+    torch.manual_seed(0)
+    noise = torch.randn_like(mu)
+    clouds = {"codes of photographs": mu + sigma * torch.randn_like(mu), "draws from N(0, I)": noise}
+    if flow:
+        text = data["caption_embeddings"][rows, 0]
+        kind = torch.full((len(rows),), CAPTION, device=device)
+        clouds["draws from the flow"] = torch.cat([
+            draw_codes(flow, n, c, k, 1, STEPS)[-1] for n, c, k in zip(noise.split(64), text.split(64), kind.split(64))])
+    flat = {name: cloud.flatten(1).float().cpu() for name, cloud in clouds.items()}
+    codes = flat["codes of photographs"]
+    _, _, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)     # principal directions
+    save_scatter(path, {name: (cloud - codes.mean(0)) @ directions[:2].T for name, cloud in flat.items()})
+
+
+# %% 7. Sampling ------------------------------------------------------------------------------------
+# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a
+# code for it, the decoder draws the code.
+
+GUIDANCE = 2.0  # chosen on the validation part, with sureness and variety both in view
+STEPS = 25      # Euler steps; more change little
 
 
 def checkpoint_path(name):
@@ -1191,14 +1235,17 @@ def checkpoint_path(name):
     return path / "best.pt" if path.is_dir() else path
 
 
-def load_model(path, device):
-    """A trained model, ready to sample: model, its configuration, its two priors."""
-    checkpoint = load_checkpoint(path)
-    model = build_model(checkpoint["config"])
-    model.load_state_dict(checkpoint["model"])
-    priors = [gaussian and {name: part.to(device) for name, part in gaussian.items()}
-              for gaussian in (checkpoint["prior"], checkpoint["latent_prior"])]
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint["config"], *priors
+def load_models(path, device):
+    """A trained run, ready to sample: {"vae", "prior" (None: use N(0, I))} and its configuration."""
+    checkpoint = load(path, "checkpoint", CHECKPOINT_VERSION)
+    config = checkpoint["config"]
+    vae = VAE(config["size"], config["condition_dim"], config["latents"])
+    vae.load_state_dict(checkpoint["vae"])
+    models = {"vae": vae.to(device, memory_format=torch.channels_last).eval(), "prior": None}
+    if checkpoint["prior"]:
+        models["prior"] = Flow(vae.shape, config["condition_dim"], config["prior_width"]).to(device).eval()
+        models["prior"].load_state_dict(checkpoint["prior"])
+    return models, config
 
 
 def load_clip_of(config, device, name=None):
@@ -1210,20 +1257,16 @@ def load_clip_of(config, device, name=None):
     return clip_model
 
 
-TEMPERATURE = 0.6  # scales noise: 1 shows all the variety that the model believes in, mistakes included
-
-
-def text_conditions(texts, prior, temperature=TEMPERATURE):
-    """Caption embeddings (N, D) -> conditions (N, D): through the prior, if there is one to cross."""
-    return F.normalize(draw_conditional(prior, texts, temperature), dim=-1) if prior else texts
-
-
-def guide(model, condition, guidance):
-    """Push conditions away from the average photograph, so that the prompt counts for more.
-
-    The analogue of classifier-free guidance (as in GLIDE and unCLIP): 1 changes nothing.
-    """
-    return model.condition_mean + guidance * (condition - model.condition_mean)
+@torch.no_grad()
+def generate(models, embedding, kind, noise, guidance=GUIDANCE, steps=STEPS):
+    """Draw pictures: embeddings (N, D) of one kind, noise (N, C, s, s) -> (N, 3, S, S) in [0, 1]."""
+    pictures = []
+    for c, z in zip(embedding.split(64), noise.split(64)):  # few enough at a time for any memory
+        kinds = torch.full((len(c),), kind, device=c.device)
+        if models["prior"]:
+            z = draw_codes(models["prior"], z, c, kinds, guidance, steps)[-1]
+        pictures.append(models["vae"].decode(z, c, kinds))
+    return torch.cat(pictures)
 
 
 def slerp(a, b, steps):
@@ -1232,15 +1275,6 @@ def slerp(a, b, steps):
     angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1)).clamp(min=1e-4)
     t = torch.linspace(0, 1, steps, device=a.device)[:, None]
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-
-
-def sample_path(folder, label):
-    """A new file name in `folder` made of the label's letters and digits, and of nothing else."""
-    name = re.sub(r"[^a-z0-9]+", "-", label.lower())[:60].strip("-") or "sample"
-    path, number = Path(folder) / f"{name}.png", 2
-    while path.exists():
-        path, number = Path(folder) / f"{name}-{number}.png", number + 1
-    return path
 
 
 def check_prompts(prompts, context_length):
@@ -1255,64 +1289,82 @@ def check_prompts(prompts, context_length):
             print(f"CLIP reads {context_length} tokens; this prompt is longer and was cut: {prompt[:60]}...")
 
 
+def read_wishes(args, clip_model, device):
+    """What to draw, a row each: a list of (label, embedding (1, D), kind)."""
+    check_prompts(args.prompts, clip_model.context_length)
+    wishes = []
+    if args.image:
+        side = clip_model.visual.input_resolution
+        try:
+            square = centre_square(decode(args.image, side), side)[None].to(device)
+        except (OSError, ValueError) as error:
+            raise Stop(f"{args.image} is no picture that can be read ({first_line(error)}).") from error
+        wishes.append((f"variations of {Path(args.image).name}", encode_images(clip_model, square), PICTURE))
+    texts = encode_texts(clip_model, args.prompts) if args.prompts else []
+    return wishes + [(prompt, text[None], CAPTION) for prompt, text in zip(args.prompts, texts)]
+
+
 @torch.no_grad()
 def sample(args):
     """Draw pictures for prompts (or from a photograph, or between two prompts); write a captioned grid."""
-    device = pick_device()
-    model, config, prior, latent_prior = load_model(checkpoint_path(args.checkpoint), device)
     if not args.prompts and not args.image:
         raise Stop('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
     if args.interpolate and (len(args.prompts) != 2 or args.image):
         raise Stop("--interpolate goes from one prompt to another: give exactly two, and no --image.")
-    if args.no_prior:
-        prior = None
+    if args.rerank and (args.interpolate or args.show_steps or args.rerank < args.n):
+        raise Stop("--rerank N draws N pictures and keeps the best -n of them: N must be at least as large, and "
+                   "it doesn't go with --interpolate or --show-steps.")
+    device = choose_device(args.device)
+    models, config = load_models(checkpoint_path(args.checkpoint), device)
+    if args.show_steps and not models["prior"]:
+        raise Stop("--show-steps shows the learned prior at work, and this model has none (--prior normal).")
     clip_model = load_clip_of(config, device, args.clip)
-    check_prompts(args.prompts, clip_model.context_length)
-    targets = []  # one per row: what to draw, as an embedding (1, D)
-    if args.image:
-        try:
-            photograph = decode(args.image, clip_model.visual.input_resolution)
-        except (OSError, ValueError) as error:
-            raise Stop(f"{args.image} is no picture that can be read ({first_line(error)}).") from error
-        square = centre_square(photograph, clip_model.visual.input_resolution)[None].to(device)
-        targets.append((f"variations of {Path(args.image).name}", encode_images(clip_model, square), None))
-    if args.prompts:
-        embeddings = encode_texts(clip_model, args.prompts)
-        targets += [(prompt, text[None], prior) for prompt, text in zip(args.prompts, embeddings)]
+    wishes = read_wishes(args, clip_model, device)
+    must_be_writable(Path(args.out))
+    shape, rows = models["vae"].shape, []
 
-    rows, labels = [], []
-    if args.interpolate:
+    def noise(count):  # anew for each row: a prompt's row does not depend on its neighbours
         torch.manual_seed(args.seed)
-        ends = guide(model, text_conditions(embeddings, prior, args.temperature), args.guidance)  # (2, D)
-        arc = slerp(*ends, args.n)                                                      # (n, D)
-        z = draw_conditional(latent_prior, arc[[args.n // 2]])                          # (1, 128), for half-way
-        for condition in arc:
-            torch.manual_seed(args.seed)  # the same noise in every column: only the condition changes
-            rows.append(model.decode(z, condition[None], temperature=args.temperature)[0])
-        rows, labels = [torch.cat(rows)], [" → ".join(args.prompts)]
+        return args.temperature * torch.randn(count, *shape, device=device)
+
+    draw = partial(generate, models, guidance=args.guidance, steps=args.steps)
+    if args.interpolate:
+        (start, a, _), (end, b, _) = wishes
+        arc = slerp(a[0], b[0], args.n)                                                 # (n, D)
+        rows.append(draw(arc, CAPTION, noise(1).expand(args.n, -1, -1, -1)))  # only the condition changes
+        wishes = [(f"{start} → {end}", None, None)]
+    elif args.show_steps:
+        for _, target, kind in wishes:
+            kind = torch.tensor([kind], device=device)
+            way = draw_codes(models["prior"], noise(1), target, kind, args.guidance, args.steps)
+            shown = torch.linspace(0, args.steps, args.n).round().long().tolist()
+            rows.append(torch.cat([models["vae"].decode(way[step], target, kind) for step in shown]))
     else:
-        count = max(args.n, args.rerank)
-        for label, target, bridge in tqdm(targets, desc="sampling", leave=False):
-            torch.manual_seed(args.seed)  # anew for each row: a prompt's row does not depend on its neighbours
-            condition = text_conditions(target.expand(count, -1), bridge, args.temperature)
-            pictures = model.generate(guide(model, condition, args.guidance), latent_prior, args.temperature)
+        for _, target, kind in tqdm(wishes, desc="sampling", leave=False):
+            count = max(args.n, args.rerank)
+            pictures = draw(target.expand(count, -1), kind, noise(count))
             if args.rerank:  # keep those that CLIP finds closest to what was asked, as DALL-E did
                 scores = encode_images(clip_model, pictures) @ target[0]
                 pictures = pictures[scores.topk(args.n).indices]
             rows.append(pictures)
-            labels.append(label)
+    labels = [label for label, _, _ in wishes]
     path = sample_path(args.out, " ".join(labels))
     save_grid(path, rows, labels)
     print(path)
+    if args.separate:
+        for number, picture in enumerate(torch.cat(rows), 1):
+            print(save_picture(path.with_name(f"{path.stem}-{number:02}.png"), picture))
 
 
-# %% 7. Evaluation ----------------------------------------------------------------------------------
+# %% 8. Evaluation ----------------------------------------------------------------------------------
 # A loss says how well pictures are stored, not how well prompts are answered. unCLIP asked people three
-# questions; we ask CLIP the same ones, always about captions and photographs that were held out:
+# questions. We ask CLIP the same ones, and a fourth, always about the test part of the data, which no
+# training and no choice has seen:
 #
 #     does the picture show the caption?   CLIP score, and R-precision: of 100 captions, is its own nearest?
 #     do samples of one caption differ?    mean distance between their CLIP embeddings
 #     do they look like photographs?       CMMD, a distance between two sets of embeddings
+#     are they copies?                     how far it is from a sample to the nearest training picture
 #
 # Figures that CLIP gives need a yardstick, so real photographs answer the same questions beside them.
 
@@ -1330,34 +1382,9 @@ def cmmd(a, b):
     """
 
     def kernel(u, v):
-        return torch.exp(-torch.cdist(u.double(), v.double()).square() / (2 * 10**2)).mean()
+        return torch.exp(-torch.cdist(u.cpu().double(), v.cpu().double()).square() / (2 * 10**2)).mean()
 
     return 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)).item()
-
-
-def hundred_captions(data):
-    """A hundred different held-out captions, or as many as there are: {caption: photograph's index}."""
-    chosen = {}
-    for k in range(CAPTIONS):  # everyone's first caption, then, if those are too few, their second, ...
-        for number in data["held_out"].nonzero()[:, 0].tolist():
-            if len(chosen) < 100:
-                chosen.setdefault(data["captions"][number][k], number)
-    return chosen
-
-
-def save_levels(path, model, x, condition, latent_prior):
-    """Show what each level holds: keep the upper levels' latents of photographs x, draw the rest anew."""
-    torch.manual_seed(0)
-    mu, _, features = model.encode(x, condition)
-    _, _, latents = model.decode(mu, condition, features)     # [(n, 8, 8, 8), (n, 8, 16, 16), ...]
-    rows, labels = [x], ["held-out photographs"]
-    for kept in range(len(latents) + 1):
-        rows.append(model.decode(mu, condition, given=latents[:kept])[0])
-        sides = [4] + [latent.shape[-1] for latent in latents]
-        labels.append(f"kept: the global latent{''.join(f', {side}x{side}' for side in sides[1:kept + 1])}")
-    rows.insert(1, model.generate(condition, latent_prior))
-    labels.insert(1, "kept: nothing but the condition")
-    save_grid(path, rows, labels)
 
 
 def caption_match(images, texts, own):
@@ -1367,82 +1394,97 @@ def caption_match(images, texts, own):
     return {"CLIP score": score, "R-precision": (cosines.argmax(1) == own).float().mean().item()}
 
 
+def nearest(embeddings, others):
+    """Distance from each unit vector (N, D) to the nearest of others (M, D), and which it is: (N,), (N,)."""
+    cosine, which = torch.cat([some @ others.T for some in embeddings.split(256)]).max(1)
+    return 1 - cosine, which
+
+
+def hundred_captions(data):
+    """A hundred different captions of test photographs, or as many as there are: {caption: row}."""
+    chosen = {}
+    for k in range(CAPTIONS):  # everyone's first caption, then, if those are too few, their second, ...
+        for row in rows_of(data, TEST).tolist():
+            if len(chosen) < 100:
+                chosen.setdefault(data["captions"][row][k], row)
+    return chosen
+
+
+def judge_photographs(data, test, texts, rows, real, real_training):
+    """What real test photographs get for the questions that samples are asked."""
+    own = torch.arange(len(texts), device=texts.device)
+    position = {row: number for number, row in enumerate(test.tolist())}
+    figures = caption_match(real[[position[row] for row in rows]], texts, own)
+    first = [data["captions"][row][0] for row in test.tolist()]
+    same = torch.tensor([[a == b for b in first] for a in first], device=real.device).fill_diagonal_(False)
+    distances = 1 - real @ real.T
+    figures["diversity"] = distances[same].mean().item() if same.any() else diversity(real)
+    figures["CMMD"] = cmmd(real_training[:len(real)], real)  # what a perfect model would get
+    figures["nearest"] = nearest(real, real_training)[0].median().item()
+    return figures
+
+
 @torch.no_grad()
 def evaluate(args):
-    """Measure a run on held-out photographs and captions; print a table.
+    """Measure a run on test photographs and captions; print a table.
 
-    Writes evaluation.json, reconstructions.png and levels.png into the run's folder.
+    Writes evaluation.json, reconstructions.png and nearest.png into the run's folder.
     """
-    device = pick_device()
+    device = choose_device(args.device)
     path = checkpoint_path(args.checkpoint)
-    model, config, prior, latent_prior = load_model(path, device)
-    data = load_data(config["data"])
-    if (data["clip_fingerprint"], len(data["images"])) != (config["clip_fingerprint"], config["photographs"]):
-        raise Stop(f"{config['data']} is not the data that {path} was trained on.")
+    models, config = load_models(path, device)
+    data = load_data(args.data or config["data"], device)
+    if data["fingerprint"] != config["fingerprint"]:
+        raise Stop(f"{args.data or config['data']} is not the data that {path} was trained on.")
     clip_model = load_clip_of(config, device, args.clip)
-    held, size = data["held_out"], config["size"]
-    images = pool_images(data["images"][held], size).to(device)                         # uint8 (M, 3, S, S)
-    conditions = conditions_of(data, config["condition"])[held][:, 0].to(device)        # (M, D)
-    storage = evaluate_elbo(model, images, conditions, device)
-
+    images = pool_images(data["images"], config["size"])                                # uint8 (N, 3, S, S)
+    test, training = rows_of(data, TEST), rows_of(data, TRAINING)
+    storage = measure_vae(models["vae"], images, data, test, device)
     # photographs are judged at the model's own size, or their sharpness would be what sets them apart
-    held_real = encode_images(clip_model, images)                                       # (M, D)
-    train_real = encode_images(clip_model, pool_images(data["images"][~held][:len(images)], size).to(device))
+    real = encode_images(clip_model, take(images, test, device))                        # (M, D)
+    real_training = torch.cat([encode_images(clip_model, take(images, rows, device)) for rows in
+                               tqdm(training.split(256), desc="training photographs", leave=False)])
     captions = hundred_captions(data)
     texts = encode_texts(clip_model, list(captions))                                    # (100, D)
-    photographs = pool_images(data["images"][list(captions.values())], size).to(device)
-    table = {"photographs": caption_match(encode_images(clip_model, photographs), texts,
-                                          torch.arange(len(texts), device=device))}
-    table["photographs"]["diversity"] = diversity(held_real)  # of all; lower among those of one caption:
-    first = [data["captions"][number][0] for number in held.nonzero()[:, 0].tolist()]
-    same = torch.tensor([[a == b for b in first] for a in first], device=device).fill_diagonal_(False)
-    if same.any():
-        table["photographs"]["diversity"] = (1 - held_real @ held_real.T)[same].mean().item()
-    table["photographs"]["CMMD"] = cmmd(train_real, held_real)  # what a perfect model would get
-    # in the toy world we know what was never drawn: is a sample's nearest of all 36 prompts its own?
-    scenes = [(animal, ground, sky) for animal in SUBJECTS for ground in GROUNDS for sky in SKIES]
-    unseen = torch.tensor([scenes.index(scene) for scene in UNSEEN], device=device).repeat_interleave(8)
-    if data["split"] == "toy":
-        prompts = encode_texts(clip_model, [caption_scene(*scene) for scene in scenes])  # (36, D)
-        fresh = [centre_square(draw_pasture((*scenes[i], "hills", 1, "left"), TOY_IMAGES + seed), SIZE)
-                 for seed, i in enumerate(unseen.tolist())]
-        fresh = encode_images(clip_model, pool_images(torch.stack(fresh), size).to(device))
-        table["photographs"]["unseen"] = caption_match(fresh, prompts, unseen)["R-precision"]
+    table = {"photographs": judge_photographs(data, test, texts, captions.values(), real, real_training)}
 
-    for name, bridge in {"samples": prior, "samples, no prior": None}.items():
+    for guidance in sorted({1.0, args.guidance}):
         def draw(texts):
-            conditions = text_conditions(texts, bridge, args.temperature)
-            return encode_images(clip_model, model.generate(conditions, latent_prior, args.temperature))
+            noise = torch.randn(len(texts), *models["vae"].shape, device=device)
+            return generate(models, texts, CAPTION, noise, guidance, args.steps)
 
         torch.manual_seed(args.seed)
         own = torch.arange(len(texts), device=device).repeat_interleave(8)              # eight of each caption
-        drawn = draw(texts[own])
-        table[name] = caption_match(drawn, texts, own)
-        table[name]["diversity"] = sum(map(diversity, drawn.split(8))) / len(texts)
-        table[name]["CMMD"] = cmmd(draw(data["caption_embeddings"][held][:, 0].to(device)), held_real)
-        if data["split"] == "toy":
-            table[name]["unseen"] = caption_match(draw(prompts[unseen]), prompts, unseen)["R-precision"]
-        if prior is None:
-            break  # conditioned on captions: there is no bridge to leave out
+        pictures = draw(texts[own])
+        drawn = encode_images(clip_model, pictures)
+        likely = encode_images(clip_model, draw(data["caption_embeddings"][test, 0]))   # as many as test photographs
+        distance, which = nearest(drawn, real_training)
+        table[f"samples, guidance {guidance:g}"] = caption_match(drawn, texts, own) | {
+            "diversity": sum(map(diversity, drawn.split(8))) / len(texts), "CMMD": cmmd(likely, real),
+            "nearest": distance.median().item()}
 
-    print(f"{path}, {len(images)} held-out photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats, "
+    print(f"{path}, {len(test)} test photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats, "
           f"PSNR {storage['psnr']:.1f} dB")
-    print(" " * 20 + "".join(f"{column:>13}" for column in table["samples"]))
+    print(" " * 24 + "".join(f"{column:>13}" for column in table["photographs"]))
     for name, row in table.items():
-        print(f"{name:20}" + "".join(f"{value:13.3f}" for value in row.values()))
-    with atomic(path.parent / "evaluation.json") as temporary:
+        print(f"{name:24}" + "".join(f"{value:13.3f}" for value in row.values()))
+    folder = path.parent
+    with atomic(folder / "evaluation.json") as temporary:
         temporary.write_text(json.dumps({"checkpoint": str(path), **storage, "table": table}, indent=2))
-    x, condition = take(images, torch.arange(min(8, len(images)), device=device), device), conditions[:8]
-    save_grid(path.parent / "reconstructions.png", [x, model(x, condition)[0]], ["held-out photographs", "reconstructions"])
-    save_levels(path.parent / "levels.png", model, x, condition, latent_prior)
-    print(f"Also in {path.parent}: evaluation.json, reconstructions.png, levels.png")
+    x = take(images, test[:8], device)
+    kind = torch.full((len(x),), PICTURE, device=device)
+    save_grid(folder / "reconstructions.png", [x, models["vae"](x, data["image_embeddings"][test[:8]], kind)[0]],
+              ["test photographs", "their reconstructions"])
+    suspects = distance.argsort()[:8]  # the samples most like a training picture, at the last guidance
+    save_grid(folder / "nearest.png", [pictures[suspects], take(images, training[which[suspects]], device)],
+              ["the eight samples that are nearest to a training picture", "and those training pictures"])
+    print(f"Also in {folder}: evaluation.json, reconstructions.png, nearest.png")
 
 
-# %% 8. A toy world ---------------------------------------------------------------------------------
+# %% Appendix A. A toy world --------------------------------------------------------------------------
 # Everything above, for those without COCO, CLIP's weights or a GPU: pastures drawn with a few ellipses,
 # written as a COCO folder, and a miniature CLIP trained on them, written as a CLIP weights file. From
-# there on `demo` calls the same prepare, train, sample and evaluate as everyone else. Because we know
-# what we drew, the toy world is also where the method can be measured best.
+# there on `demo` calls the same prepare, train, sample and evaluate as everyone else.
 
 SUBJECTS = {"sheep": ("a sheep", "two sheep", "three sheep"), "cow": ("a cow", "two cows", "three cows"),
             "horse": ("a horse", "two horses", "three horses")}
@@ -1451,120 +1493,97 @@ GROUNDS = {"grass": ("on green grass", "in a meadow"), "snow": ("in the snow", "
 SKIES = {"blue": ("under a blue sky", "on a sunny day"), "grey": ("under a grey sky", "on a cloudy day"),
          "sunset": ("at sunset", "under a red evening sky"), "night": ("at night", "under the stars")}
 RELIEFS = {"hills": ("with hills behind", "below a hill"), "mountains": ("in front of mountains", "in the mountains")}
-# never drawn, neither for CLIP nor for the CVAE: what the model makes of these, it composed by itself
+# never drawn, neither for CLIP nor for the VAE: what the model makes of these, it composed by itself
 UNSEEN = [("cow", "snow", "sunset"), ("sheep", "field", "night"), ("horse", "grass", "grey"), ("sheep", "snow", "blue")]
 SKY_COLOURS = {"blue": ((60, 130, 225), (175, 215, 245)), "grey": ((135, 140, 146), (190, 193, 196)),
                "sunset": ((120, 70, 130), (255, 160, 70)), "night": ((8, 12, 40), (38, 48, 100))}  # top, horizon
 GROUND_COLOURS = {"grass": (84, 158, 52), "snow": (236, 241, 249), "field": (156, 108, 62)}
 LIGHT = {"blue": (1, 1, 1), "grey": (0.9, 0.9, 0.92), "sunset": (1, 0.86, 0.78), "night": (0.56, 0.6, 0.72)}
 TOY_IMAGES = 3000
+# An animal: three colours (coat, dark, pale), where its legs begin, and shapes of one of these colours, in
+# units of its width, y upwards negative. Four numbers are an ellipse (centre, radii), more a polygon.
+ANIMALS = {
+    "sheep": (((246, 240, 222), (30, 28, 28), (225, 216, 196)), -0.3, [
+        (0, -.28, -.38, .19, .16), (0, -.12, -.46, .19, .16), (0, .08, -.47, .19, .16), (0, .24, -.4, .19, .16),
+        (0, -.2, -.3, .19, .16), (0, 0, -.3, .19, .16), (0, .18, -.3, .19, .16), (0, 0, -.36, .34, .18),
+        (2, -.08, -.3, .2, .07), (1, .43, -.47, .1, .13), (1, .36, -.56, .08, .04), (0, .36, -.6, .08, .06)]),
+    "cow": (((158, 72, 36), (110, 48, 24), (250, 246, 238)), -0.34, [
+        (0, 0, -.44, .4, .19), (0, -.36, -.56, .34, -.58, .36, -.34, -.36, -.32), (2, -.18, -.5, .12, .1),
+        (2, .12, -.4, .1, .08), (1, -.39, -.52, -.43, -.5, -.44, -.18, -.41, -.18),
+        (0, .26, -.6, .42, -.68, .46, -.5, .3, -.4), (0, .46, -.56, .1, .12), (2, .5, -.48, .07, .06),
+        (2, .38, -.66, .36, -.78, .43, -.67), (2, .47, -.66, .52, -.77, .52, -.64)]),
+    "horse": (((44, 34, 32), (20, 16, 16), (90, 74, 66)), -0.46, [
+        (0, 0, -.56, .36, .16), (0, .18, -.6, .36, -.98, .48, -.9, .34, -.48),
+        (1, .12, -.66, .32, -1, .38, -.98, .24, -.6), (0, .34, -.98, .44, -1, .62, -.8, .56, -.72, .4, -.84),
+        (1, .36, -.98, .38, -1.08, .42, -.98), (1, -.32, -.64, -.46, -.56, -.48, -.22, -.38, -.3)])}
 
 
 def draw_animal(draw, kind, x, y, width, facing, light):
-    """Draw a sheep, a cow or a horse that stands at (x, y), `width` pixels long, facing -1 or 1."""
-
-    def shade(red, green, blue):
-        return tuple(int(value * factor) for value, factor in zip((red, green, blue), light))
-
-    def ellipse(cx, cy, rx, ry, colour):  # in units of the width, from where the animal stands
-        cx, cy = x + facing * cx * width, y + cy * width
-        draw.ellipse((cx - rx * width, cy - ry * width, cx + rx * width, cy + ry * width), fill=colour)
-
-    def polygon(points, colour):
-        draw.polygon([(x + facing * px * width, y + py * width) for px, py in points], fill=colour)
-
-    coat, dark, pale = {
-        "sheep": (shade(246, 240, 222), shade(30, 28, 28), shade(225, 216, 196)),
-        "cow": (shade(158, 72, 36), shade(110, 48, 24), shade(250, 246, 238)),
-        "horse": (shade(44, 34, 32), shade(20, 16, 16), shade(90, 74, 66)),
-    }[kind]
-    leg_top = {"sheep": -0.3, "cow": -0.34, "horse": -0.46}[kind]
-    for leg in (-0.3, -0.17, 0.17, 0.3):
-        polygon([(leg - 0.04, leg_top), (leg + 0.04, leg_top), (leg + 0.035, 0), (leg - 0.035, 0)], dark)
-    if kind == "sheep":
-        for cx, cy in ((-0.28, -0.38), (-0.12, -0.46), (0.08, -0.47), (0.24, -0.4), (-0.2, -0.3), (0.0, -0.3), (0.18, -0.3)):
-            ellipse(cx, cy, 0.19, 0.16, coat)
-        ellipse(0.0, -0.36, 0.34, 0.18, coat)
-        ellipse(-0.08, -0.3, 0.2, 0.07, pale)
-        ellipse(0.43, -0.47, 0.1, 0.13, dark)
-        ellipse(0.36, -0.56, 0.08, 0.04, dark)
-        ellipse(0.36, -0.6, 0.08, 0.06, coat)
-    elif kind == "cow":
-        ellipse(0.0, -0.44, 0.4, 0.19, coat)
-        polygon([(-0.36, -0.56), (0.34, -0.58), (0.36, -0.34), (-0.36, -0.32)], coat)
-        ellipse(-0.18, -0.5, 0.12, 0.1, pale)
-        ellipse(0.12, -0.4, 0.1, 0.08, pale)
-        polygon([(-0.39, -0.52), (-0.43, -0.5), (-0.44, -0.18), (-0.41, -0.18)], dark)
-        polygon([(0.26, -0.6), (0.42, -0.68), (0.46, -0.5), (0.3, -0.4)], coat)
-        ellipse(0.46, -0.56, 0.1, 0.12, coat)
-        ellipse(0.5, -0.48, 0.07, 0.06, pale)
-        polygon([(0.38, -0.66), (0.36, -0.78), (0.43, -0.67)], pale)
-        polygon([(0.47, -0.66), (0.52, -0.77), (0.52, -0.64)], pale)
-    else:
-        ellipse(0.0, -0.56, 0.36, 0.16, coat)
-        polygon([(0.18, -0.6), (0.36, -0.98), (0.48, -0.9), (0.34, -0.48)], coat)
-        polygon([(0.12, -0.66), (0.32, -1.0), (0.38, -0.98), (0.24, -0.6)], dark)
-        polygon([(0.34, -0.98), (0.44, -1.0), (0.62, -0.8), (0.56, -0.72), (0.4, -0.84)], coat)
-        polygon([(0.36, -0.98), (0.38, -1.08), (0.42, -0.98)], dark)
-        polygon([(-0.32, -0.64), (-0.46, -0.56), (-0.48, -0.22), (-0.38, -0.3)], dark)
+    """Draw an animal that stands at (x, y), `width` pixels long, facing -1 (left) or 1 (right)."""
+    colours, leg_top, shapes = ANIMALS[kind]
+    legs = [(1, leg - .04, leg_top, leg + .04, leg_top, leg + .035, 0, leg - .035, 0) for leg in (-.3, -.17, .17, .3)]
+    for colour, *numbers in legs + shapes:
+        fill = tuple(int(value * factor) for value, factor in zip(colours[colour], light))
+        if len(numbers) == 4:
+            cx, cy, rx, ry = x + facing * numbers[0] * width, y + numbers[1] * width, *(n * width for n in numbers[2:])
+            draw.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), fill=fill)
+        else:
+            draw.polygon([(x + facing * px * width, y + py * width) for px, py in zip(numbers[::2], numbers[1::2])], fill=fill)
 
 
 def draw_pasture(scene, seed):
     """Draw a scene (animal, ground, sky, relief, count, side): a PIL image of 128 pixels.
 
-    The scene fixes what a caption can say; the seed settles the rest: the skyline, clouds, stars, sizes,
-    places. Drawn at twice the size, then halved, so that edges are smooth.
+    The scene fixes what a caption can say; the seed settles the rest: skyline, clouds, sizes, places.
     """
     animal, ground, sky, relief, count, side = scene
-    dice, full = random.Random(seed), 2 * SIZE
-    light = LIGHT[sky]
+    dice, light = random.Random(seed), LIGHT[sky]
     top, bottom = np.array(SKY_COLOURS[sky], dtype=float)
-    horizon = dice.uniform(0.45, 0.48) * full
+    horizon = dice.uniform(0.45, 0.48) * SIZE
     variant = dice.choice((0.0, 0.33, 0.67))  # of three skylines
-    blend = np.clip(np.arange(full) / horizon, 0, 1)[:, None, None]
-    rows = (top * (1 - blend) + bottom * blend).repeat(full, axis=1)               # (256, 256, 3)
+    blend = np.clip(np.arange(SIZE) / horizon, 0, 1)[:, None, None]
+    rows = (top * (1 - blend) + bottom * blend).repeat(SIZE, axis=1)               # (128, 128, 3)
     picture = Image.fromarray(rows.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
 
     def shade(colour, factor=1.0):
         return tuple(min(255, int(value * tint * factor)) for value, tint in zip(colour, light))
 
+    def disc(x, y, r, colour, flat=1.0):  # in units of the picture
+        draw.ellipse([SIZE * v for v in (x - r, y - r * flat, x + r, y + r * flat)], fill=colour)
+
     if sky == "night":
         for number in range(16):  # the same stars every night
-            x, y, r = full * (number * 0.618 % 1), full * (0.03 + number * 0.377 % 0.33), 1.5
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=(235, 235, 215))
-    if sky in ("night", "sunset"):  # a moon, or a low sun
-        x, r = dice.choice((0.2, 0.5, 0.8)) * full, 0.07 * full
-        y = 0.16 * full if sky == "night" else horizon - 0.16 * full
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=(245, 240, 210) if sky == "night" else (255, 225, 120))
+            disc(number * 0.618 % 1, 0.03 + number * 0.377 % 0.33, 0.006, (235, 235, 215))
+        disc(dice.choice((0.2, 0.5, 0.8)), 0.16, 0.07, (245, 240, 210))
+    elif sky == "sunset":
+        disc(dice.choice((0.2, 0.5, 0.8)), horizon / SIZE - 0.16, 0.07, (255, 225, 120))
     else:
-        cloud = (250, 251, 253) if sky == "blue" else (172, 175, 180)
-        shift = dice.choice((0.0, 0.3, 0.6))
-        for place, height, size in ((0.15, 0.13, 0.08), (0.6, 0.2, 0.07)):
-            x, y, r = (place + shift) % 1 * full, height * full, size * full
+        cloud, shift = (250, 251, 253) if sky == "blue" else (172, 175, 180), dice.choice((0.0, 0.3, 0.6))
+        for place, height, r in ((0.15, 0.13, 0.08), (0.6, 0.2, 0.07)):
             for dx, dy in ((-1.2, 0.3), (0, 0), (1.1, 0.35)):
-                draw.ellipse((x + (dx - 1) * r, y + (dy - 0.6) * r, x + (dx + 1) * r, y + (dy + 0.6) * r), fill=cloud)
+                disc((place + shift) % 1 + dx * r, height + dy * r, r, cloud, flat=0.6)
     earth = GROUND_COLOURS[ground]
     if relief == "mountains":
         for place, height in ((0.1, 0.2), (0.75, 0.18), (0.4, 0.26)):
-            x, height = (place + variant) % 1 * full, height * full
-            peak, half = horizon - height, 1.2 * height
-            draw.polygon([(x - half, horizon + 4), (x, peak), (x + half, horizon + 4)], fill=shade((106, 112, 132)))
-            draw.polygon([(x - 0.3 * half, peak + 0.3 * height), (x, peak), (x + 0.3 * half, peak + 0.3 * height),
-                          (x, peak + 0.22 * height)], fill=shade((240, 243, 248)))
+            x, height = (place + variant) % 1 * SIZE, height * SIZE
+            for part, colour in ((1, (106, 112, 132)), (0.3, (240, 243, 248))):  # rock, then a snowy top
+                foot = horizon - (1 - part) * height
+                draw.polygon([(x - 1.2 * part * height, foot), (x, horizon - height), (x + 1.2 * part * height, foot)],
+                             fill=shade(colour))
     else:
         for layer, factor in ((0.09, 0.72), (0.04, 0.84)):
             phase = 6.3 * (variant + 5 * layer)
-            line = [(x, horizon - layer * full * (1 + 0.8 * math.sin(phase + 9 * x / full)))
-                    for x in range(0, full + 8, 8)]
-            draw.polygon([*line, (full, full), (0, full)], fill=shade(earth, factor))
-    draw.rectangle((0, horizon, full, full), fill=shade(earth))
-    width = (0.56, 0.44, 0.34)[count - 1] * full
+            line = [(x, horizon - layer * SIZE * (1 + 0.8 * math.sin(phase + 18 * x / SIZE)))
+                    for x in range(0, SIZE + 4, 4)]
+            draw.polygon([*line, (SIZE, SIZE), (0, SIZE)], fill=shade(earth, factor))
+    draw.rectangle((0, horizon, SIZE, SIZE), fill=shade(earth))
+    width = (0.56, 0.44, 0.34)[count - 1] * SIZE
     places = {1: [0.32 if side == "left" else 0.68], 2: [0.26, 0.74], 3: [0.18, 0.5, 0.82]}[count]
     for place in places:
-        x, y = (place + dice.uniform(-0.015, 0.015)) * full, dice.uniform(0.87, 0.9) * full
+        x, y = (place + dice.uniform(-0.015, 0.015)) * SIZE, dice.uniform(0.87, 0.9) * SIZE
         draw_animal(draw, animal, x, y, width, 1 if side == "left" else -1, light)
-    return picture.resize((SIZE, SIZE), Image.BOX)
+    return picture
 
 
 def caption_scene(animal, ground, sky, count=1):
@@ -1575,14 +1594,11 @@ def caption_scene(animal, ground, sky, count=1):
 def caption_pasture(scene, dice):
     """Five captions of a scene, the first one the shortest full description."""
     animal, ground, sky, relief, count, side = scene
-    subject = SUBJECTS[animal][count - 1]
+    subject, where = SUBJECTS[animal][count - 1], f"on the {side}" if count == 1 else "side by side"
     grounds, skies, reliefs = (dice.sample(words[key], 2) for words, key in
                                ((GROUNDS, ground), (SKIES, sky), (RELIEFS, relief)))
-    where = f"on the {side}" if count == 1 else "side by side"
-    return [caption_scene(animal, ground, sky, count),
-            f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
-            f"{subject} {skies[1]}, {where}, {grounds[1]}",
-            f"{subject} {grounds[0]} {reliefs[1]}",
+    return [caption_scene(animal, ground, sky, count), f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
+            f"{subject} {skies[1]}, {where}, {grounds[1]}", f"{subject} {grounds[0]} {reliefs[1]}",
             f"{skies[0]}, {subject} {grounds[1]}"]
 
 
@@ -1600,8 +1616,7 @@ def draw_toy_world(root):
     (root / "toy").mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for number in tqdm(range(TOY_IMAGES), desc="drawing pastures", unit="img"):
-        scene = random_scene(dice)
-        name = f"{number:012}.jpg"
+        scene, name = random_scene(dice), f"{number:012}.jpg"
         with atomic(root / "toy" / name) as temporary:
             draw_pasture(scene, seed=number).save(temporary, quality=95)
         images.append({"id": number, "file_name": name, "width": SIZE, "height": SIZE})
@@ -1610,7 +1625,7 @@ def draw_toy_world(root):
         temporary.write_text(json.dumps({"images": images, "annotations": annotations}))
 
 
-def train_toy_clip(root, path, steps=600, batch=128):
+def train_toy_clip(root, path, steps=400, batch=128):
     """Train a miniature CLIP on the toy world, with CLIP's own loss; save it for clip.load."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -1661,7 +1676,7 @@ def demo(args):
     if not (root / "clip.pt").exists():
         train_toy_clip(root, root / "clip.pt")
     for line in (f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt",
-                 f"train --data data/toy.pt --epochs {args.epochs} --batch 16 --dropout 0.1",
+                 f"train --data data/toy.pt --epochs {args.epochs} --prior-epochs {args.prior_epochs} --prior-width 128",
                  f"sample -n 4 {shlex.join(DEMO_PROMPTS)}",
                  "evaluate"):
         print(f"\n$ python cvae.py {line}")
@@ -1669,7 +1684,307 @@ def demo(args):
         step.function(step)
 
 
-# %% 9. The command line ----------------------------------------------------------------------------
+# %% Appendix B. Files and downloads ------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """An expected failure. Its text says what happened and what to do; main() prints just that."""
+
+
+def first_line(error):
+    """The first line of an exception's text, or its name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Give a temporary path beside `path`; rename it to `path` only if the block succeeds.
+
+    A rename within a folder is atomic, so a reader meets the old file or the new one, never half of
+    one, whether the writer was killed, ran out of disk or raced another writer.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def must_be_writable(folder, file=None):
+    """Try to write before the work, not after it. Raises Stop with the real reason."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Stop(f"Nothing can be written in {folder}: {error.strerror}.") from error
+    if file and file.is_dir():
+        raise Stop(f"{file} is a folder, not a file that could be written.")
+
+
+def save(obj, path):
+    """Write tensors, numbers and strings to `path` with torch.save, atomically."""
+    try:
+        with atomic(path) as temporary:
+            torch.save(obj, temporary)
+    except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
+        raise Stop(f"{path} could not be written ({first_line(error)}). What was there before is "
+                   "untouched; free some disk space and run the same command again.") from error
+
+
+def load(path, kind, version):
+    """Read a file that `save` wrote and check that it is a `kind` of this version.
+
+    weights_only=True reads tensors and plain containers and runs no code, whatever the file holds.
+    mmap=True maps the file: pages are read when they are first touched. testzip compares the check sums.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} has changed since it was written")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise Stop(f"There is no {kind} at {path}.") from None
+    except Exception as error:  # torch reports damage with half a dozen exception types
+        raise Stop(f"{path} is no readable {kind}: damaged, cut short, or not written by this program "
+                   f"({first_line(error)}).") from error
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise Stop(f"{path} is not a {kind} of this program.")
+    if content["version"] != version:
+        raise Stop(f"{path} is a {kind} of version {content['version']}; this program reads version {version}. "
+                   f"Make it anew: python cvae.py {'prepare' if kind == 'data file' else 'train'}.")
+    return content
+
+
+def save_checkpoint(path, config, models, history, training=None):
+    """Write what sampling needs and, in last.pt, what resuming needs besides."""
+    weights = {name: network and network.state_dict() for name, network in models.items()}
+    content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "history": history, **weights}
+    save(content | ({"training": training} if training else {}), path)
+
+
+def newest_run(name):
+    """The run folder whose file `name` is the youngest."""
+    files = sorted(Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise Stop("There is no trained model in runs/ yet; train one first: python cvae.py train")
+    return files[-1].parent
+
+
+def claim_run(run, config):
+    """Make a run's folder, and fail if it is there: two trainings never share one."""
+    stamp = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config['size']}-{config['latents']}-{config['prior']}"
+    for number in range(1, 100):
+        folder = run or Path(stamp + (f"-{number}" if number > 1 else ""))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError as error:
+            if run and run.is_dir():
+                raise Stop(f"{run} exists already. Remove it, or choose another --run.") from error
+            if run or not folder.is_dir():
+                raise Stop(f"{folder} can't be made: there is a file of that name.") from error
+            continue
+        except OSError as error:
+            raise Stop(f"{folder} can't be made: {error.strerror}.") from error
+        must_be_writable(folder)
+        return folder
+    raise Stop("A hundred trainings began in this second; wait for the next one.")
+
+
+@contextlib.contextmanager
+def noted_interrupts():
+    """Within the block Ctrl-C only leaves a note in this list, so that a step can be finished first."""
+    notes = []
+    previous = signal.signal(signal.SIGINT, lambda *_: notes.append(True))
+    try:
+        yield notes
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def sample_path(folder, label):
+    """A new file name in `folder` made of the label's letters and digits, of any script, and of nothing else."""
+    text = unicodedata.normalize("NFKC", label).lower()
+    text = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
+    name = re.sub("-+", "-", text).encode()[:120].decode(errors="ignore").strip("-") or "sample"
+    if re.fullmatch(r"con|prn|aux|nul|(com|lpt)\d", name):  # these name devices on Windows
+        name = f"sample-{name}"
+    path, number = Path(folder) / f"{name}.png", 2
+    while path.exists():
+        path, number = Path(folder) / f"{name}-{number}.png", number + 1
+    return path
+
+
+def save_picture(path, picture):
+    """Write one picture (3, S, S) in [0, 1] as a PNG of its own size; return the path."""
+    from torchvision.utils import save_image
+    with atomic(path) as temporary:
+        save_image(picture, temporary)
+    return path
+
+
+@contextlib.contextmanager
+def new_figure(path, rows, columns, size, **options):
+    """A matplotlib figure and its axes, written to `path` as a PNG when the block ends."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # an emoji has no glyph: a box will do
+            yield axes
+            figure.tight_layout(pad=0.3)
+            with atomic(path) as temporary:  # compress_level 1: a quarter of the time for a fifth more bytes
+                figure.savefig(temporary, dpi=150, format="png", pil_kwargs={"compress_level": 1})
+    finally:
+        plt.close(figure)
+
+
+def save_grid(path, rows, labels):
+    """Draw rows of pictures, each (n, 3, S, S) in [0, 1], with a label above each row, as a PNG."""
+    from torchvision.utils import make_grid
+    width = max(1.35 * max(len(row) for row in rows), 4)  # inches
+    limit = int(14 * width)
+    with new_figure(path, len(rows), 1, (width, 1.65 * len(rows))) as axes:
+        for axis, row, label in zip(axes[:, 0], rows, labels):
+            strip = make_grid(row.float().cpu(), nrow=len(row), padding=2, pad_value=1.0)
+            axis.imshow(strip.permute(1, 2, 0).numpy())
+            axis.set_title(label if len(label) <= limit else label[:limit] + " ...", fontsize=9,
+                           loc="left", pad=3, parse_math=False)
+            axis.axis("off")
+            axis.set_anchor("W")
+
+
+def save_curves(path, history):
+    """Draw the losses of both parts, epoch by epoch."""
+    parts = [(name, epochs) for name, epochs in history.items() if epochs]
+    with new_figure(path, 1, len(parts), (4.5 * len(parts), 3.5)) as axes:
+        for axis, (name, epochs) in zip(axes[0], parts):
+            for key, label in (("train_loss", "training"), ("loss", "validation")):
+                axis.plot(range(1, len(epochs) + 1), [epoch[key] for epoch in epochs], label=label)
+            axis.set(xlabel="epoch", title=f"loss of the {name}")
+            axis.legend()
+
+
+def save_scatter(path, clouds):
+    """Draw clouds of points {name: (N, 2)} beside each other, on the same axes."""
+    limit = 1.1 * max(cloud.abs().max().item() for cloud in clouds.values())
+    with new_figure(path, 1, len(clouds), (3.2 * len(clouds), 3.4)) as axes:
+        for axis, (name, cloud) in zip(axes[0], clouds.items()):
+            axis.scatter(*cloud.T.numpy(), s=3, alpha=0.5)
+            axis.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+
+
+ATTEMPTS, TIMEOUT = 4, 10  # tries per file; seconds without a byte before a connection counts as dead
+COCO_URL = "http://images.cocodataset.org"  # plain http: its certificate does not match its name
+
+
+def fetch(url, path, check, bar=None):
+    """Download `url` to `path`: retried with back-off, checked, renamed into place only when whole.
+
+    check(temporary path) raises ValueError for content that is not what was wanted.
+    Raises Stop for an address that is not http(s), OSError or ValueError after the last attempt.
+    """
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise Stop(f"{url!r} is not an http or https address; it was not opened.")
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with atomic(path) as temporary:
+                with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(temporary, "wb") as file:
+                    expected = int(response.headers.get("Content-Length") or 0)
+                    if bar is not None:
+                        bar.reset(expected)
+                    while block := response.read(1 << 16):
+                        file.write(block)
+                        if bar is not None:
+                            bar.update(len(block))
+                if expected and temporary.stat().st_size != expected:
+                    raise ValueError(f"{temporary.stat().st_size} of {expected} bytes arrived")
+                check(temporary)
+            return
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            gone = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if attempt == ATTEMPTS or gone or full:  # trying again would not help
+                raise OSError(getattr(error, "errno", None), f"{url}: {first_line(error)}") from error
+        time.sleep(0.3 * 2**attempt)  # 0.6, 1.2, 2.4 s: a busy server is given time to recover
+
+
+def fetch_annotations(folder, split, base_url):
+    """Fetch COCO's annotations archive and keep the captions of `split`; return their path."""
+    member = f"annotations/captions_{split}.json"
+    path = Path(folder) / member
+    if path.exists():
+        return path
+    url = f"{base_url}/annotations/annotations_trainval2017.zip"
+    archive = path.with_name("annotations_trainval2017.zip")
+
+    def whole(temporary):
+        if not zipfile.is_zipfile(temporary):
+            raise ValueError("what arrived is no zip archive")
+
+    try:
+        with tqdm(desc="captions", unit="B", unit_scale=True) as bar:
+            fetch(url, archive, whole, bar)
+    except OSError as error:
+        raise Stop(f"COCO's captions could not be fetched from {error.strerror or error}. Use a COCO folder "
+                   "that you have (--coco DIR), a mirror (--mirror URL), or `python cvae.py demo`, which "
+                   "needs no network.") from error
+    try:  # take this one member out by its name; the names inside the archive are never used as paths
+        with zipfile.ZipFile(archive) as bundle, atomic(path) as temporary:
+            temporary.write_bytes(bundle.read(member))
+    except FileNotFoundError:  # another prepare, running beside this one, was faster and has cleaned up
+        pass
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise Stop(f"{url} holds no readable {member} ({first_line(error)}).") from error
+    finally:
+        archive.unlink(missing_ok=True)
+    return path
+
+
+def fetch_photographs(photographs, folder, base_url):
+    """Fetch every photograph that is not in `folder` yet, sixteen at a time."""
+
+    def check(temporary, expected):
+        with Image.open(temporary) as photograph:
+            if photograph.size != expected:
+                raise ValueError(f"it is {photograph.size}, the annotations say {expected}")
+            photograph.load()  # decodes every pixel: a truncated JPEG raises here
+
+    def fetch_one(photograph):
+        url = f"{base_url}/{folder.name}/{urllib.parse.quote(photograph['file_name'])}"
+        if base_url == COCO_URL and photograph["url"]:
+            url = photograph["url"]
+        size = photograph["width"], photograph["height"]
+        fetch(url, folder / photograph["file_name"], partial(check, expected=size))
+
+    wanted = [p for p in photographs if not (folder / p["file_name"]).exists()]
+    failures = []
+    pool = ThreadPoolExecutor(16)
+    try:
+        jobs = [pool.submit(fetch_one, photograph) for photograph in wanted]
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="photographs", disable=not jobs):
+            error = job.exception()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise Stop(f"The disk is full ({error.strerror}). The photographs so far are kept; free "
+                           "some space and run the same command again.")
+            if error is not None:
+                failures.append(first_line(error))
+            if len(failures) > max(10, 0.05 * len(photographs)):
+                raise Stop(f"Too many photographs could not be fetched ({len(failures)}; the last: "
+                           f"{failures[-1]}). Those that arrived are kept; run the same command again later.")
+    finally:  # also on Ctrl-C: what has not started never does
+        pool.shutdown(cancel_futures=True)
+    for failure in failures:
+        print(f"skipped: {failure}")
+
+
+# %% Appendix C. The command line ---------------------------------------------------------------------
 
 
 def between(kind, low, high):
@@ -1685,69 +2000,89 @@ def between(kind, low, high):
     return parse
 
 
+def plain_name(text):
+    """An argparse type: a name that is no path."""
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
+    return text
+
+
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Text to picture with a CLIP-conditioned VAE.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Text to picture with a CLIP-conditioned VAE and a learned prior.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an expected error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    seed, epochs = between(int, 0, 2**31 - 1), between(int, 1, 100_000)
 
     def command(function, help):
-        made = commands.add_parser(function.__name__, help=help, description=help,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        made = commands.add_parser(function.__name__, help=help, description=help)
         made.set_defaults(function=function)
+        made.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest that PyTorch sees")
         return made
 
-    p = command(prepare, "fetch COCO's matching photographs, crop and embed them: one data file")
-    p.add_argument("--theme", choices=THEMES, default="bucolic", help="word list that captions must match")
-    p.add_argument("--words", nargs="+", metavar="WORD", help="a word list of your own")
-    p.add_argument("--split", default="train2017", choices=["train2017", "val2017", "toy"], help="part of COCO")
-    p.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
-    p.add_argument("--mirror", metavar="URL", default=COCO_URL, help="base address to fetch from")
-    p.add_argument("--clip", default="ViT-B/32", help="CLIP's name, or a file of its weights")
-    p.add_argument("--data", default=DATA, help="data file to write")
+    def option(name, help, **details):  # of train: None if not given, so that a resumed run can tell
+        default = DEFAULTS[name.strip("-").replace("-", "_")]
+        p.add_argument(name, help=f"{help} (default: {default})", **details)
 
-    p = command(train, "train a model on the data file")
-    p.add_argument("--size", type=int, choices=[64, 128], default=64, help="pixels")
-    p.add_argument("--dropout", nargs="?", type=between(float, 0, 0.9), const=0.3, default=0.0, metavar="P",
-                   help="dropout on the global latent; 0.3 if no P is given")
-    p.add_argument("--condition", choices=["image", "text"], default="image",
-                   help="embedding to condition on: the photograph's, or one of its captions'")
-    p.add_argument("--latents", choices=["ladder", "flat"], default="ladder",
-                   help="latents at every resolution, or only the global one")
-    p.add_argument("--objective", choices=OBJECTIVES, default="elbo", help="the ELBO or the report's loss")
-    p.add_argument("--epochs", type=between(int, 1, 100_000), default=25)
-    p.add_argument("--batch", type=between(int, 1, 4096), default=32)
-    p.add_argument("--lr", type=between(float, 1e-7, 1), default=3e-3, help="peak learning rate")
-    p.add_argument("--seed", type=between(int, 0, 2**31 - 1), default=0)
-    p.add_argument("--data", default=DATA, help="data file to read")
+    p = command(prepare, "fetch COCO's matching photographs, crop and embed them: one data file")
+    p.add_argument("--theme", choices=THEMES, help="word list that captions must match (default: bucolic)")
+    p.add_argument("--words", nargs="+", metavar="WORD", help="a word list of your own")
+    p.add_argument("--split", default="train2017", type=plain_name, help="part of COCO (default: train2017)")
+    p.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
+    p.add_argument("--mirror", metavar="URL", default=COCO_URL, help=f"address to fetch from (default: {COCO_URL})")
+    p.add_argument("--clip", default="ViT-B/32", help="CLIP's name, or a file of its weights (default: ViT-B/32)")
+    p.add_argument("--data", default=DATA, help=f"data file to write (default: {DATA})")
+
+    p = command(train, "train the VAE, then its prior, on the data file")
+    option("--size", "pixels", type=int, choices=[64, 128])
+    option("--latents", "a grid of codes, or one vector as in the report", choices=["grid", "flat"])
+    option("--prior", "learn p(z | c), or draw from N(0, I) as the report did", choices=["flow", "normal"])
+    option("--objective", "the ELBO, or the report's loss", choices=OBJECTIVES)
+    option("--dropout", "dropout on z; 0.3 if no P is given", nargs="?", type=between(float, 0, 0.9), const=0.3, metavar="P")
+    option("--epochs", "of the VAE", type=epochs)
+    option("--prior-epochs", "of the prior", type=epochs)
+    option("--prior-width", "width of the prior's transformer", type=int, choices=[64, 128, 192, 256, 384, 512])
+    option("--batch", "pictures per step of the VAE", type=between(int, 1, 4096))
+    option("--lr", "peak learning rate of the VAE", type=between(float, 1e-7, 1))
+    option("--prior-lr", "peak learning rate of the prior", type=between(float, 1e-7, 1))
+    option("--seed", "of all randomness", type=seed)
+    option("--data", "data file to read", metavar="FILE")
+    option("--compile", "torch.compile on CUDA", action=argparse.BooleanOptionalAction)
+    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"], help="default: what the device does best")
     p.add_argument("--run", metavar="DIR", help="run folder (default: a new one in runs/)")
-    p.add_argument("--resume", action="store_true", help="go on with --run (default: the newest)")
+    p.add_argument("--resume", action="store_true",
+                   help="go on with --run (default: the newest). More --epochs or --prior-epochs make it longer: the "
+                   "learning rate returns to its plateau and descends at the new end. A finished run's prior can be "
+                   "trained longer, its VAE can't")
 
     p = command(sample, "draw pictures for prompts")
     p.add_argument("prompts", nargs="*", metavar="PROMPT")
-    p.add_argument("-n", type=between(int, 1, 64), default=8, help="pictures per prompt")
-    p.add_argument("--seed", type=between(int, 0, 2**31 - 1), default=0)
-    p.add_argument("--temperature", type=between(float, 0, 2), default=TEMPERATURE,
-                   help="below 1 the samples are more typical, and more alike")
-    p.add_argument("--guidance", type=between(float, 0, 10), default=1.0,
-                   help="above 1, exaggerate what sets the prompt apart")
-    p.add_argument("--rerank", type=between(int, 0, 4096), default=0, metavar="N",
+    p.add_argument("-n", type=between(int, 1, 64), default=8, help="pictures per prompt (default: 8)")
+    p.add_argument("--seed", type=seed, default=0, help="same seed, same pictures (default: 0)")
+    p.add_argument("--guidance", type=between(float, 0, 20), default=GUIDANCE,
+                   help=f"more than 1: surer, less varied (default: {GUIDANCE:g})")
+    p.add_argument("--temperature", type=between(float, 0, 2), default=1.0, help="scales the starting noise (default: 1)")
+    p.add_argument("--steps", type=between(int, 1, 1000), default=STEPS, help=f"of the flow (default: {STEPS})")
+    p.add_argument("--rerank", type=between(int, 1, 4096), default=0, metavar="N",
                    help="draw N per prompt and keep those that CLIP likes best")
     p.add_argument("--image", metavar="FILE", help="draw variations of a photograph")
     p.add_argument("--interpolate", action="store_true", help="go from the first prompt to the second")
-    p.add_argument("--no-prior", action="store_true", help="feed text embeddings as they are")
+    p.add_argument("--show-steps", action="store_true", help="one row per prompt: a picture emerging from noise")
+    p.add_argument("--separate", action="store_true", help="also write each picture as a PNG of its own")
     p.add_argument("--checkpoint", metavar="FILE", help="checkpoint or run folder (default: the newest run)")
     p.add_argument("--clip", help="the run's CLIP, if its file has moved")
-    p.add_argument("--out", default="samples", metavar="DIR", help="folder for the picture")
+    p.add_argument("--out", default="samples", metavar="DIR", help="folder for the picture (default: samples)")
 
-    p = command(evaluate, "measure a run on what was held out")
-    p.add_argument("--seed", type=between(int, 0, 2**31 - 1), default=0)
-    p.add_argument("--temperature", type=between(float, 0, 2), default=TEMPERATURE, help="as for sample")
+    p = command(evaluate, "measure a run on the test part of its data")
+    p.add_argument("--seed", type=seed, default=0, help="of the samples (default: 0)")
+    p.add_argument("--guidance", type=between(float, 0, 20), default=GUIDANCE, help="as for sample; 1 is always measured")
+    p.add_argument("--steps", type=between(int, 1, 1000), default=STEPS, help="as for sample")
     p.add_argument("--checkpoint", metavar="FILE", help="checkpoint or run folder (default: the newest run)")
+    p.add_argument("--data", help="the run's data file, if it has moved")
     p.add_argument("--clip", help="the run's CLIP, if its file has moved")
 
-    p = command(demo, "a toy world from drawing to sampling: no download, no GPU, five minutes")
-    p.add_argument("--epochs", type=between(int, 1, 1000), default=10, help="fewer is quicker and worse")
+    p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
+    p.add_argument("--epochs", type=epochs, default=6, help="of the VAE; fewer is quicker and worse (default: 6)")
+    p.add_argument("--prior-epochs", type=epochs, default=12, help="of the prior (default: 12)")
     return parser.parse_args(argv)
 
 
@@ -1762,11 +2097,12 @@ def main(argv=None):
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             message = "The GPU ran out of memory; " + (
-                f"try --batch {max(1, args.batch // 2)}." if "batch" in args else "try a smaller -n.")
+                f"try --batch {max(1, (args.batch or DEFAULTS['batch']) // 2)}." if "batch" in args else "try a smaller -n.")
         elif isinstance(error, KeyboardInterrupt):
             message = message or "Interrupted. What was finished is kept; the same command goes on from there."
         sys.exit(f"\n{message}")
 
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()  # in a notebook, call it yourself: main(["sample", "sheep on a hill"])
