@@ -123,38 +123,6 @@ def word_pattern(words):
     return re.compile(rf"(?<!\w)(?:{stems})(?:{endings})?(?!\w)" if any(words) else "", re.IGNORECASE)
 
 
-def as_id(value):
-    """An id as text, so that 7, 7.0 and "7" are the same photograph. Names are ids, too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value != value:
-        raise ValueError(f"{value!r} is no id")
-    return str(int(value) if isinstance(value, float) else value).strip()
-
-
-def as_image(record):
-    """The fields that we need of an entry of COCO's "images". Raises an error if one is missing."""
-    width, height = int(record["width"]), int(record["height"])
-    if min(width, height) < 1 or not isinstance(record["file_name"], str):
-        raise ValueError("no size, or no name")
-    return {"id": as_id(record["id"]), "file_name": record["file_name"], "width": width, "height": height,
-            "url": str(record.get("coco_url") or "")}
-
-
-def as_annotation(record):
-    """The fields that we need of an entry of COCO's "annotations"."""
-    if not record["caption"].strip():
-        raise ValueError("an empty caption")
-    return {"image_id": as_id(record["image_id"]), "caption": record["caption"].strip()}
-
-
-def readable(records, read):
-    """What `read` makes of the records, without those that it can't read."""
-    good = []
-    for record in records:
-        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            good.append(read(record))
-    return good
-
-
 def read_captions(path, words):
     """The photographs of a COCO captions file whose captions mention one of `words`.
 
@@ -201,24 +169,6 @@ def read_captions(path, words):
     return chosen
 
 
-def decode(path, box):
-    """Open a photograph as a PIL RGB image, no smaller than it takes to make a square of `box` pixels.
-
-    Raises OSError or ValueError for whatever is not a whole, sane picture.
-    """
-    try:
-        with Image.open(path) as photograph:
-            if photograph.width * photograph.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses at twice that
-                raise ValueError(f"{photograph.width} x {photograph.height} pixels: it could be a decompression bomb")
-            photograph.draft("RGB", (box, box))  # JPEG can decode straight to 1/2, 1/4, 1/8: much faster
-            photograph.load()
-            if photograph.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
-                photograph = Image.fromarray((np.asarray(photograph) // 257).astype(np.uint8))
-            return ImageOps.exif_transpose(photograph).convert("RGB")
-    except (Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(first_line(error)) from error
-
-
 def centre_square(photograph, size):
     """The largest centred square of a PIL image, resized: uint8 tensor (3, size, size).
 
@@ -259,34 +209,6 @@ CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
-def load_clip(name, device="cpu"):
-    """CLIP by model name ("ViT-B/32": fetched once to ~/.cache/clip) or by the path of its weights.
-
-    On CUDA the model computes in half precision. Raises Stop when the weights can't be had.
-    """
-    with warnings.catch_warnings():  # clip imports a deprecated module; a reader need not care
-        warnings.simplefilter("ignore")
-        import clip
-        try:
-            socket.setdefaulttimeout(TIMEOUT)  # clip's own download would wait for ever
-            model = clip.load(name, device=device)[0]
-        except (OSError, http.client.HTTPException) as error:
-            raise Stop(f"The weights of CLIP {name} could not be fetched from openaipublic.azureedge.net "
-                       f"({first_line(error)}). Put them in ~/.cache/clip, or name a file of weights "
-                       "with --clip FILE.") from error
-        except Exception as error:
-            raise Stop(f"CLIP {name} could not be loaded ({first_line(error)}). --clip takes one of "
-                       f"{', '.join(clip.available_models())}, or a file of CLIP weights.") from error
-        finally:
-            socket.setdefaulttimeout(None)
-    return model if torch.device(device).type == "cuda" else model.float()
-
-
-def clip_fingerprint(model):
-    """A short hash of a CLIP's weights: embeddings of two different CLIPs must never be mixed."""
-    return hashlib.sha256(model.text_projection.detach().cpu().half().numpy().tobytes()).hexdigest()[:16]
-
-
 @torch.no_grad()
 def encode_images(model, images):
     """Embed pictures with CLIP: uint8 or [0, 1] float (N, 3, H, H) -> unit vectors (N, D)."""
@@ -319,67 +241,6 @@ def encode_texts(model, texts):
         with cpu_autocast():
             embeddings.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
     return torch.cat(embeddings)
-
-
-def decode_batch(paths, clip_size):
-    """Paths -> indices of the readable ones, sentences about the others, squares for CLIP and the VAE."""
-    good, problems = [], []
-    for_clip = torch.empty(len(paths), 3, clip_size, clip_size, dtype=torch.uint8)
-    for_vae = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
-    for number, path in enumerate(paths):
-        try:
-            photograph = decode(path, max(clip_size, SIZE))
-        except (OSError, ValueError) as error:
-            problems.append(f"{path}: {first_line(error)}")
-            continue
-        for_clip[number] = centre_square(photograph, clip_size)
-        for_vae[number] = centre_square(photograph, SIZE)
-        good.append(number)
-    return good, problems, for_clip[good], for_vae[good]
-
-
-def embed_photographs(model, paths, device, batch=32):
-    """Decode photographs and embed them with CLIP, as fast as the hardware allows.
-
-    Returns the indices of the readable ones, their pixels uint8 (M, 3, 128, 128) and their
-    embeddings (M, D).
-    """
-    decode_some = partial(decode_batch, clip_size=model.visual.input_resolution)
-    cores = torch.get_num_threads()
-    pool = ThreadPoolExecutor(cores)
-
-    def embed(decoded):
-        good, problems, for_clip, for_vae = decoded
-        return good, problems, for_vae, encode_images(model, for_clip.to(device)) if good else None
-
-    if device.type == "cpu":
-        # Each core works through batches of its own. Threads that share a batch wait for each other after
-        # every layer, longest when one of them has just lost its core to the decoding of the next batch.
-        torch.set_num_threads(1)
-        batches = [paths[start:start + batch] for start in range(0, len(paths), batch)]
-        embedded = pool.map(lambda some: embed(decode_some(some)), batches)
-    else:  # worker processes decode ahead of the GPU; a DataLoader needs no more than a list and a function
-        workers = max(1, min(os.cpu_count() or 1, len(paths) // batch))
-        embedded = map(embed, torch.utils.data.DataLoader(paths, batch, num_workers=workers, prefetch_factor=4,
-                                                          collate_fn=decode_some))
-    images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
-    kept, embeddings = [], []
-    try:
-        with tqdm(total=len(paths), desc="CLIP, images", unit="img") as bar:
-            for good, problems, for_vae, embedding in embedded:
-                for problem in problems:
-                    tqdm.write(f"skipped: {problem}")
-                if good:
-                    images[len(kept):len(kept) + len(good)] = for_vae
-                    kept += [bar.n + number for number in good]
-                    embeddings.append(embedding)
-                bar.update(len(good) + len(problems))
-    finally:  # also on Ctrl-C: what has not started never does
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(cores)
-    if not kept:
-        raise Stop("None of the photographs is there and can be read.")
-    return kept, images[:len(kept)], torch.cat(embeddings).cpu()
 
 
 def prepare(args):
@@ -704,33 +565,9 @@ def choose_precision(device, wish=None):
     return (getattr(torch, wish), "as asked") if wish else (possible[0], "the fastest that it computes well")
 
 
-def load_data(path, device=torch.device("cpu")):
-    """The data file that `prepare` wrote. Pictures stay memory-mapped, embeddings go to the device."""
-    if not Path(path).exists():
-        raise Stop(f"There is no data file at {path}; make one first: python cvae.py prepare")
-    data = load(path, "data file", DATA_VERSION)
-    return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "part")}
-
-
 def rows_of(data, part):
     """The numbers of the photographs in one part of the data: (n,)."""
     return (data["part"] == part).nonzero()[:, 0]
-
-
-def pool_images(images, size):
-    """uint8 (N, 3, 128, 128) -> uint8 (N, 3, size, size), by averaging."""
-    if images.shape[-1] == size:
-        return images
-    factor = images.shape[-1] // size
-    return torch.cat([F.avg_pool2d(some.float(), factor).round().byte() for some in images.split(1024)])
-
-
-def to_device(images, device):
-    """Put the whole tensor on the device; if it would take over half of a card's free memory, keep it in RAM."""
-    if device.type == "cuda" and images.nbytes > 0.5 * torch.cuda.mem_get_info()[0]:
-        print(f"{images.nbytes / 1e9:.1f} GB of pictures stay in host memory; batches are copied as needed.")
-        return images
-    return images.to(device)
 
 
 def take(images, rows, device):
@@ -760,23 +597,6 @@ def follow(mean, network, step):
             averaged.lerp_(weight, max(0.001, 9 / (step + 9)))
         for kept, buffer in zip(mean.buffers(), network.buffers()):
             kept.copy_(buffer)
-
-
-def compiled(network, example, wanted):
-    """The network compiled by torch.compile on CUDA, proven by one call; the network itself where it can't be."""
-    if example[0].device.type != "cuda" or not wanted:
-        return network
-    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    try:
-        forward = torch.compile(network)
-        output = forward(*example)
-        sum(part.float().mean() for part in (output if isinstance(output, tuple) else [output])).backward()
-        return forward
-    except Exception as error:  # no C compiler, no Triton, ...: the lesson goes on, slower
-        print(f"torch.compile can't be used here ({first_line(error)}); training goes on without it.")
-        return network
-    finally:
-        network.zero_grad()  # also where the backward pass broke off half-way
 
 
 def count_parameters(network):
@@ -875,11 +695,9 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
                                     interrupted, clock)
             if state["step"] % epoch_steps == 0:  # the epoch is complete
                 figures = part.examine(mean)
-                must_be_sane(mean_loss + figures["loss"], part, run)
-                if state["step"] - epoch_steps > 2 * WARM_UP and mean_loss > part.ignorance:
-                    raise Stop(f"Training diverged: in epoch {epoch} the loss was {mean_loss:.3g}, and knowing nothing "
-                               f"costs {part.ignorance:.3g}. Start anew with a lower rate, such as {part.option} "
-                               f"{part.rate / 3:.1g}. {run} keeps its best checkpoint.")
+                learned = state["step"] - epoch_steps > 2 * WARM_UP  # it had time to
+                must_be_sane(mean_loss, part, run, part.ignorance if learned else math.inf)
+                must_be_sane(figures["loss"], part, run)
                 history[part.name].append({"train_loss": mean_loss, **figures})
                 state["running"] = 0.0
                 if figures["loss"] < state["best"]:
@@ -892,7 +710,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
                     part.draw(run / "epoch.png", mean)
                     drawn = time.monotonic()
             save_last()
-            if interrupted and state["step"] < total:
+            if interrupted and not is_finished(config, state | {"done": state["step"] >= total}):
                 raise KeyboardInterrupt(f"Stopped at step {state['step']} of {total}, nothing is lost. Go on with: "
                                         f"python cvae.py train --resume --run {run}")
     if clock.images:
@@ -936,47 +754,10 @@ def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interr
     return float(state["running"]) / offset
 
 
-def must_be_sane(loss, part, run="The run"):
-    """Stop a training whose loss is no number any more."""
-    if not math.isfinite(loss):
-        raise Stop(f"The loss became NaN. {run} keeps its last good checkpoint; start anew with a lower rate, such as "
-                   f"{part.option} {part.rate / 2:g}.")
-
-
 DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "prior": "flow", "objective": "elbo", "dropout": 0.0,
             "epochs": 30, "prior_epochs": 100, "batch": 16, "lr": 3e-3, "prior_lr": 1.5e-3, "prior_width": 256, "seed": 0,
             "flip": True, "compile": True}
 CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
-
-
-def open_run(args):
-    """A new run's folder and configuration, or a resumed one's: run, config, checkpoint (None if new)."""
-    given = {name: value for name, value in vars(args).items() if name in DEFAULTS and value is not None}
-    if not args.resume:
-        if args.run and (Path(args.run) / "last.pt").exists():
-            raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
-        return Path(args.run) if args.run else None, DEFAULTS | given, None
-    run = Path(args.run or newest_run("last.pt"))
-    checkpoint = load(run / "last.pt", "checkpoint", CHECKPOINT_VERSION)
-    config, training = checkpoint["config"], checkpoint["training"]
-    for name, value in given.items():
-        option = "--" + name.replace("_", "-")
-        if value != config[name] and name not in CHANGEABLE:
-            raise Stop(f"{run} was started with {option} {config[name]}, and that can't change on the way. "
-                       "Leave the option out, or start a new run.")
-        if name == "epochs" and value != config[name] and training["part"] == "prior":
-            raise Stop(f"The prior of {run} has begun to learn this VAE's codes, so the VAE can't be trained longer. "
-                       "Train the prior longer (--prior-epochs), or start a new run.")
-        if value < config[name] if name in ("epochs", "prior_epochs") else False:
-            raise Stop(f"{run} is set to {config[name]} epochs; {option} can only make it longer.")
-    longer = config["prior"] == "flow" and given.get("prior_epochs", 0) > config["prior_epochs"]
-    longer = longer or given.get("epochs", 0) > config["epochs"]
-    last_part = "prior" if config["prior"] == "flow" else "vae"
-    if training["part"] == last_part and training["done"] and not longer:
-        more = "prior-epochs" if config["prior"] == "flow" else "epochs"
-        raise Stop(f"{run} is finished: there is nothing left to do. To train it longer, give a larger number, "
-                   f"such as --resume --{more} {2 * config[more.replace('-', '_')]}.")
-    return run, config | given, checkpoint
 
 
 def train(args):
@@ -1180,8 +961,9 @@ def prior_part(vae, images, data, config, device, dtype, models):
         return {"loss": torch.stack(losses).mean().item()}
 
     def draw(path, mean):
-        pictures, labels = [], []
-        for row in rows_of(data, VALIDATION)[:3].tolist():
+        some = rows_of(data, VALIDATION)[:8]
+        pictures, labels = [take(images, some, device)], ["photographs kept for validation"]
+        for row in some[:3].tolist():
             torch.manual_seed(0)
             text = data["caption_embeddings"][row, :1].expand(8, -1)                    # (8, D)
             pictures.append(generate(models, text, CAPTION, torch.randn(8, *vae.shape, device=device)))
@@ -1215,62 +997,12 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
     return [z * flow.scale + flow.center for z in way]
 
 
-def save_prior_picture(path, models, images, data, device):
-    """Show why a prior must be learned: codes of photographs, draws from N(0, I), draws from the flow.
-
-    All three are seen along the two directions in which the codes of photographs vary most.
-    """
-    rows = rows_of(data, TRAINING)[:1000]
-    vae, flow = models["vae"], models["prior"]
-    mu, sigma = encode_photographs(vae, images, data, rows, device)
-    torch.manual_seed(0)
-    noise = torch.randn_like(mu)
-    clouds = {"codes of photographs": mu + sigma * torch.randn_like(mu), "draws from N(0, I)": noise}
-    if flow:
-        text = data["caption_embeddings"][rows, 0]
-        kind = torch.full((len(rows),), CAPTION, device=device)
-        clouds["draws from the flow"] = torch.cat([
-            draw_codes(flow, n, c, k, 1, STEPS)[-1] for n, c, k in zip(noise.split(64), text.split(64), kind.split(64))])
-    flat = {name: cloud.flatten(1).float().cpu() for name, cloud in clouds.items()}
-    codes = flat["codes of photographs"]
-    _, _, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)     # principal directions
-    save_scatter(path, {name: (cloud - codes.mean(0)) @ directions[:2].T for name, cloud in flat.items()})
-
-
 # %% 7. Sampling ------------------------------------------------------------------------------------
 # A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a
 # code for it, the decoder draws the code.
 
 GUIDANCE = 2.0  # chosen on the validation part, with sureness and variety both in view
 STEPS = 25      # Euler steps; more change little
-
-
-def checkpoint_path(name):
-    """The checkpoint that the user named, by its file or its run folder; by default the newest run's best."""
-    path = Path(name) if name else newest_run("best.pt")
-    return path / "best.pt" if path.is_dir() else path
-
-
-def load_models(path, device):
-    """A trained run, ready to sample: {"vae", "prior" (None: use N(0, I))} and its configuration."""
-    checkpoint = load(path, "checkpoint", CHECKPOINT_VERSION)
-    config = checkpoint["config"]
-    vae = VAE(config["size"], config["condition_dim"], config["latents"])
-    vae.load_state_dict(checkpoint["vae"])
-    models = {"vae": vae.to(device, memory_format=torch.channels_last).eval(), "prior": None}
-    if checkpoint["prior"]:
-        models["prior"] = Flow(vae.shape, config["condition_dim"], config["prior_width"]).to(device).eval()
-        models["prior"].load_state_dict(checkpoint["prior"])
-    return models, config
-
-
-def load_clip_of(config, device, name=None):
-    """The CLIP that a run was trained with. Raises Stop when `name` is another one."""
-    clip_model = load_clip(name or config["clip"], device)
-    if clip_fingerprint(clip_model) != config["clip_fingerprint"]:
-        raise Stop(f"{name or config['clip']} is not the CLIP that this model was trained with "
-                   f"({config['clip']}); its embeddings mean something else.")
-    return clip_model
 
 
 @torch.no_grad()
@@ -1291,33 +1023,6 @@ def slerp(a, b, steps):
     angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1)).clamp(min=1e-4)
     t = torch.linspace(0, 1, steps, device=a.device)[:, None]
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-
-
-def check_prompts(prompts, context_length):
-    """Refuse empty prompts; say when CLIP will not read one to its end."""
-    import clip
-    for prompt in prompts:
-        if not prompt.strip():
-            raise Stop("A prompt is empty; say what the picture should show.")
-        try:
-            clip.tokenize([prompt], context_length)
-        except RuntimeError:
-            print(f"CLIP reads {context_length} tokens; this prompt is longer and was cut: {prompt[:60]}...")
-
-
-def read_wishes(args, clip_model, device):
-    """What to draw, a row each: a list of (label, embedding (1, D), kind)."""
-    check_prompts(args.prompts, clip_model.context_length)
-    wishes = []
-    if args.image:
-        side = clip_model.visual.input_resolution
-        try:
-            square = centre_square(decode(args.image, side), side)[None].to(device)
-        except (OSError, ValueError) as error:
-            raise Stop(f"{args.image} is no picture that can be read ({first_line(error)}).") from error
-        wishes.append((f"variations of {Path(args.image).name}", encode_images(clip_model, square), PICTURE))
-    texts = encode_texts(clip_model, args.prompts) if args.prompts else []
-    return wishes + [(prompt, text[None], CAPTION) for prompt, text in zip(args.prompts, texts)]
 
 
 @torch.no_grad()
@@ -1729,6 +1434,145 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
+def as_id(value):
+    """An id as text, so that 7, 7.0 and "7" are the same photograph. Names are ids, too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value != value:
+        raise ValueError(f"{value!r} is no id")
+    return str(int(value) if isinstance(value, float) else value).strip()
+
+
+def as_image(record):
+    """The fields that we need of an entry of COCO's "images". Raises an error if one is missing."""
+    width, height = int(record["width"]), int(record["height"])
+    if min(width, height) < 1 or not isinstance(record["file_name"], str):
+        raise ValueError("no size, or no name")
+    return {"id": as_id(record["id"]), "file_name": record["file_name"], "width": width, "height": height,
+            "url": str(record.get("coco_url") or "")}
+
+
+def as_annotation(record):
+    """The fields that we need of an entry of COCO's "annotations"."""
+    if not record["caption"].strip():
+        raise ValueError("an empty caption")
+    return {"image_id": as_id(record["image_id"]), "caption": record["caption"].strip()}
+
+
+def readable(records, read):
+    """What `read` makes of the records, without those that it can't read."""
+    good = []
+    for record in records:
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            good.append(read(record))
+    return good
+
+
+def decode(path, box):
+    """Open a photograph as a PIL RGB image, no smaller than it takes to make a square of `box` pixels.
+
+    Raises OSError or ValueError for whatever is not a whole, sane picture.
+    """
+    try:
+        with Image.open(path) as photograph:
+            if photograph.width * photograph.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses at twice that
+                raise ValueError(f"{photograph.width} x {photograph.height} pixels: it could be a decompression bomb")
+            photograph.draft("RGB", (box, box))  # JPEG can decode straight to 1/2, 1/4, 1/8: much faster
+            photograph.load()
+            if photograph.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
+                photograph = Image.fromarray((np.asarray(photograph) // 257).astype(np.uint8))
+            return ImageOps.exif_transpose(photograph).convert("RGB")
+    except (Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(first_line(error)) from error
+
+
+def load_clip(name, device="cpu"):
+    """CLIP by model name ("ViT-B/32": fetched once to ~/.cache/clip) or by the path of its weights.
+
+    On CUDA the model computes in half precision. Raises Stop when the weights can't be had.
+    """
+    with warnings.catch_warnings():  # clip imports a deprecated module; a reader need not care
+        warnings.simplefilter("ignore")
+        import clip
+        try:
+            socket.setdefaulttimeout(TIMEOUT)  # clip's own download would wait for ever
+            model = clip.load(name, device=device)[0]
+        except (OSError, http.client.HTTPException) as error:
+            raise Stop(f"The weights of CLIP {name} could not be fetched from openaipublic.azureedge.net "
+                       f"({first_line(error)}). Put them in ~/.cache/clip, or name a file of weights "
+                       "with --clip FILE.") from error
+        except Exception as error:
+            raise Stop(f"CLIP {name} could not be loaded ({first_line(error)}). --clip takes one of "
+                       f"{', '.join(clip.available_models())}, or a file of CLIP weights.") from error
+        finally:
+            socket.setdefaulttimeout(None)
+    return model if torch.device(device).type == "cuda" else model.float()
+
+
+def clip_fingerprint(model):
+    """A short hash of a CLIP's weights: embeddings of two different CLIPs must never be mixed."""
+    return hashlib.sha256(model.text_projection.detach().cpu().half().numpy().tobytes()).hexdigest()[:16]
+
+
+def decode_batch(paths, clip_size):
+    """Paths -> indices of the readable ones, sentences about the others, squares for CLIP and the VAE."""
+    good, problems = [], []
+    for_clip = torch.empty(len(paths), 3, clip_size, clip_size, dtype=torch.uint8)
+    for_vae = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
+    for number, path in enumerate(paths):
+        try:
+            photograph = decode(path, max(clip_size, SIZE))
+        except (OSError, ValueError) as error:
+            problems.append(f"{path}: {first_line(error)}")
+            continue
+        for_clip[number] = centre_square(photograph, clip_size)
+        for_vae[number] = centre_square(photograph, SIZE)
+        good.append(number)
+    return good, problems, for_clip[good], for_vae[good]
+
+
+def embed_photographs(model, paths, device, batch=32):
+    """Decode photographs and embed them with CLIP, as fast as the hardware allows.
+
+    Returns the indices of the readable ones, their pixels uint8 (M, 3, 128, 128) and their
+    embeddings (M, D).
+    """
+    decode_some = partial(decode_batch, clip_size=model.visual.input_resolution)
+    cores = torch.get_num_threads()
+    pool = ThreadPoolExecutor(cores)
+
+    def embed(decoded):
+        good, problems, for_clip, for_vae = decoded
+        return good, problems, for_vae, encode_images(model, for_clip.to(device)) if good else None
+
+    if device.type == "cpu":
+        # Each core works through batches of its own. Threads that share a batch wait for each other after
+        # every layer, longest when one of them has just lost its core to the decoding of the next batch.
+        torch.set_num_threads(1)
+        batches = [paths[start:start + batch] for start in range(0, len(paths), batch)]
+        embedded = pool.map(lambda some: embed(decode_some(some)), batches)
+    else:  # worker processes decode ahead of the GPU; a DataLoader needs no more than a list and a function
+        workers = max(1, min(os.cpu_count() or 1, len(paths) // batch))
+        embedded = map(embed, torch.utils.data.DataLoader(paths, batch, num_workers=workers, prefetch_factor=4,
+                                                          collate_fn=decode_some))
+    images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
+    kept, embeddings = [], []
+    try:
+        with tqdm(total=len(paths), desc="CLIP, images", unit="img") as bar:
+            for good, problems, for_vae, embedding in embedded:
+                for problem in problems:
+                    tqdm.write(f"skipped: {problem}")
+                if good:
+                    images[len(kept):len(kept) + len(good)] = for_vae
+                    kept += [bar.n + number for number in good]
+                    embeddings.append(embedding)
+                bar.update(len(good) + len(problems))
+    finally:  # also on Ctrl-C: what has not started never does
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
+    if not kept:
+        raise Stop("None of the photographs is there and can be read.")
+    return kept, images[:len(kept)], torch.cat(embeddings).cpu()
+
+
 def must_be_writable(folder, file=None):
     """Try to write before the work, not after it. Raises Stop with the real reason."""
     try:
@@ -1775,6 +1619,30 @@ def load(path, kind, version):
     return content
 
 
+def load_data(path, device=torch.device("cpu")):
+    """The data file that `prepare` wrote. Pictures stay memory-mapped, embeddings go to the device."""
+    if not Path(path).exists():
+        raise Stop(f"There is no data file at {path}; make one first: python cvae.py prepare")
+    data = load(path, "data file", DATA_VERSION)
+    return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "part")}
+
+
+def pool_images(images, size):
+    """uint8 (N, 3, 128, 128) -> uint8 (N, 3, size, size), by averaging."""
+    if images.shape[-1] == size:
+        return images
+    factor = images.shape[-1] // size
+    return torch.cat([F.avg_pool2d(some.float(), factor).round().byte() for some in images.split(1024)])
+
+
+def to_device(images, device):
+    """Put the whole tensor on the device; if it would take over half of a card's free memory, keep it in RAM."""
+    if device.type == "cuda" and images.nbytes > 0.5 * torch.cuda.mem_get_info()[0]:
+        print(f"{images.nbytes / 1e9:.1f} GB of pictures stay in host memory; batches are copied as needed.")
+        return images
+    return images.to(device)
+
+
 def save_checkpoint(path, config, models, history, training=None):
     """Write what sampling needs and, in last.pt, what resuming needs besides."""
     weights = {name: network and network.state_dict() for name, network in models.items()}
@@ -1809,6 +1677,122 @@ def claim_run(run, config):
         must_be_writable(folder)
         return folder
     raise Stop("A hundred trainings began in this second; wait for the next one.")
+
+
+def open_run(args):
+    """A new run's folder and configuration, or a resumed one's: run, config, checkpoint (None if new)."""
+    given = {name: value for name, value in vars(args).items() if name in DEFAULTS and value is not None}
+    if not args.resume:
+        if args.run and (Path(args.run) / "last.pt").exists():
+            raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
+        return Path(args.run) if args.run else None, DEFAULTS | given, None
+    run = Path(args.run or newest_run("last.pt"))
+    checkpoint = load(run / "last.pt", "checkpoint", CHECKPOINT_VERSION)
+    config, training = checkpoint["config"], checkpoint["training"]
+    for name, value in given.items():
+        option = "--" + name.replace("_", "-")
+        if value != config[name] and name not in CHANGEABLE:
+            raise Stop(f"{run} was started with {option} {config[name]}, and that can't change on the way. "
+                       "Leave the option out, or start a new run.")
+        if name == "epochs" and value != config[name] and training["part"] == "prior":
+            raise Stop(f"The prior of {run} has begun to learn this VAE's codes, so the VAE can't be trained longer. "
+                       "Train the prior longer (--prior-epochs), or start a new run.")
+        if name in ("epochs", "prior_epochs") and value < config[name]:
+            raise Stop(f"{run} is set to {config[name]} epochs; {option} can only make it longer.")
+    longer = config["prior"] == "flow" and given.get("prior_epochs", 0) > config["prior_epochs"]
+    longer = longer or given.get("epochs", 0) > config["epochs"]
+    if is_finished(config, training) and not longer:
+        more = "prior-epochs" if config["prior"] == "flow" else "epochs"
+        raise Stop(f"{run} is finished: there is nothing left to do. To train it longer, give a larger number, "
+                   f"such as --resume --{more} {2 * config[more.replace('-', '_')]}.")
+    return run, config | given, checkpoint
+
+
+def compiled(network, example, wanted):
+    """The network compiled by torch.compile on CUDA, proven by one call; the network itself where it can't be."""
+    if example[0].device.type != "cuda" or not wanted:
+        return network
+    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    try:
+        forward = torch.compile(network)
+        output = forward(*example)
+        sum(part.float().mean() for part in (output if isinstance(output, tuple) else [output])).backward()
+        return forward
+    except Exception as error:  # no C compiler, no Triton, ...: the lesson goes on, slower
+        print(f"torch.compile can't be used here ({first_line(error)}); training goes on without it.")
+        return network
+    finally:
+        network.zero_grad()  # also where the backward pass broke off half-way
+
+
+def is_finished(config, training):
+    """Whether a run has nothing left to train."""
+    return training["done"] and training["part"] == ("prior" if config["prior"] == "flow" else "vae")
+
+
+def must_be_sane(loss, part, run="The run", ignorance=math.inf):
+    """Stop a training whose loss is no number any more, or is worse than that of knowing nothing."""
+    if not math.isfinite(loss):
+        raise Stop(f"The loss became NaN. {run} keeps its last good checkpoint; start anew with a lower rate, such as "
+                   f"{part.option} {part.rate / 2:g}.")
+    if loss > ignorance:
+        raise Stop(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {ignorance:.3g}. Start anew "
+                   f"with a lower rate, such as {part.option} {part.rate / 3:.1g}. {run} keeps its best checkpoint.")
+
+
+def checkpoint_path(name):
+    """The checkpoint that the user named, by its file or its run folder; by default the newest run's best."""
+    path = Path(name) if name else newest_run("best.pt")
+    return path / "best.pt" if path.is_dir() else path
+
+
+def load_models(path, device):
+    """A trained run, ready to sample: {"vae", "prior" (None: use N(0, I))} and its configuration."""
+    checkpoint = load(path, "checkpoint", CHECKPOINT_VERSION)
+    config = checkpoint["config"]
+    vae = VAE(config["size"], config["condition_dim"], config["latents"])
+    vae.load_state_dict(checkpoint["vae"])
+    models = {"vae": vae.to(device, memory_format=torch.channels_last).eval(), "prior": None}
+    if checkpoint["prior"]:
+        models["prior"] = Flow(vae.shape, config["condition_dim"], config["prior_width"]).to(device).eval()
+        models["prior"].load_state_dict(checkpoint["prior"])
+    return models, config
+
+
+def load_clip_of(config, device, name=None):
+    """The CLIP that a run was trained with. Raises Stop when `name` is another one."""
+    clip_model = load_clip(name or config["clip"], device)
+    if clip_fingerprint(clip_model) != config["clip_fingerprint"]:
+        raise Stop(f"{name or config['clip']} is not the CLIP that this model was trained with "
+                   f"({config['clip']}); its embeddings mean something else.")
+    return clip_model
+
+
+def check_prompts(prompts, context_length):
+    """Refuse empty prompts; say when CLIP will not read one to its end."""
+    import clip
+    for prompt in prompts:
+        if not prompt.strip():
+            raise Stop("A prompt is empty; say what the picture should show.")
+        try:
+            clip.tokenize([prompt], context_length)
+        except RuntimeError:
+            print(f"CLIP reads {context_length} tokens; this prompt is longer and was cut: {prompt[:60]}...")
+
+
+def read_wishes(args, clip_model, device):
+    """What to draw, a row each: a list of (label, embedding (1, D), kind)."""
+    check_prompts(args.prompts, clip_model.context_length)
+    wishes = []
+    if args.image:
+        side = clip_model.visual.input_resolution
+        try:
+            square = centre_square(decode(args.image, side), side)[None].to(device)
+        except (OSError, ValueError) as error:
+            raise Stop(f"{args.image} is no picture that can be read ({first_line(error)}).") from error
+        wishes.append((f"variations of {Path(args.image).name}", encode_images(clip_model, square), PICTURE))
+    texts = encode_texts(clip_model, args.prompts) if args.prompts else []
+    return wishes + [(prompt, text[None], CAPTION) for prompt, text in zip(args.prompts, texts)]
 
 
 @contextlib.contextmanager
@@ -1894,6 +1878,28 @@ def save_scatter(path, clouds):
         for axis, (name, cloud) in zip(axes[0], clouds.items()):
             axis.scatter(*cloud.T.numpy(), s=3, alpha=0.5)
             axis.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+
+
+def save_prior_picture(path, models, images, data, device):
+    """Show why a prior must be learned: codes of photographs, draws from N(0, I), draws from the flow.
+
+    All three are seen along the two directions in which the codes of photographs vary most.
+    """
+    rows = rows_of(data, TRAINING)[:1000]
+    vae, flow = models["vae"], models["prior"]
+    mu, sigma = encode_photographs(vae, images, data, rows, device)
+    torch.manual_seed(0)
+    noise = torch.randn_like(mu)
+    clouds = {"codes of photographs": mu + sigma * torch.randn_like(mu), "draws from N(0, I)": noise}
+    if flow:
+        text = data["caption_embeddings"][rows, 0]
+        kind = torch.full((len(rows),), CAPTION, device=device)
+        clouds["draws from the flow"] = torch.cat([
+            draw_codes(flow, n, c, k, 1, STEPS)[-1] for n, c, k in zip(noise.split(64), text.split(64), kind.split(64))])
+    flat = {name: cloud.flatten(1).float().cpu() for name, cloud in clouds.items()}
+    codes = flat["codes of photographs"]
+    _, _, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)     # principal directions
+    save_scatter(path, {name: (cloud - codes.mean(0)) @ directions[:2].T for name, cloud in flat.items()})
 
 
 ATTEMPTS, TIMEOUT = 4, 10  # tries per file; seconds without a byte before a connection counts as dead
