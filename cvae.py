@@ -1389,6 +1389,21 @@ DEMO_PROMPTS = ["a sheep on green grass under a blue sky", "two cows in the snow
                 "a sheep on a bare field at night", "a cow in the snow at sunset"]  # the last two are unseen
 
 
+@torch.no_grad()
+def save_comparison(path, runs, prompts, device):
+    """Four rows of samples for the same prompts: flat or grid codes (the runs), N(0, I) or the flow as prior."""
+    rows, labels = [], []
+    for latents, run in runs.items():
+        models, config = load_models(Path(run) / "best.pt", device)
+        texts = encode_texts(load_clip_of(config, device), prompts)
+        for name, prior in (("N(0, I)", None), ("the flow", models["prior"])):
+            torch.manual_seed(0)
+            noise = torch.randn(len(prompts), *models["vae"].shape, device=device)
+            rows.append(generate(models | {"prior": prior}, texts, CAPTION, noise))
+            labels.append(f"{latents} code, drawn from {name}")
+    save_grid(path, rows, labels)
+
+
 def demo(args):
     """The whole tutorial on drawn pastures: each step is a command that you could type yourself."""
     root = Path("data/toy")
@@ -1396,13 +1411,24 @@ def demo(args):
         draw_toy_world(root)
     if not (root / "clip.pt").exists():
         train_toy_clip(root, root / "clip.pt")
-    for line in (f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt",
-                 f"train --data data/toy.pt --epochs {args.epochs} --prior-epochs {args.prior_epochs} --prior-width 128 --no-flip",
-                 f"sample -n 4 {shlex.join(DEMO_PROMPTS)}",
-                 "evaluate"):
+    train = (f"train --data data/toy.pt --epochs {args.epochs} --prior-epochs {args.prior_epochs} --prior-width 128 "
+             "--no-flip")  # captions say left and right
+
+    def type_in(line):
         print(f"\n$ python cvae.py {line}")
         step = parse_arguments(shlex.split(line))
         step.function(step)
+
+    type_in(f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt")
+    type_in(train)
+    grid = newest_run("best.pt")
+    type_in(f"sample -n 4 {shlex.join(DEMO_PROMPTS)}")
+    type_in("evaluate")
+    if args.compare:
+        type_in(f"{train} --latents flat")
+        runs = {"flat": newest_run("best.pt"), "grid": grid}
+        save_comparison(grid / "comparison.png", runs, DEMO_PROMPTS, choose_device())
+        print(f"{grid}/comparison.png")
 
 
 # %% Appendix B. Files and downloads ------------------------------------------------------------------
@@ -2106,6 +2132,7 @@ def parse_arguments(argv=None):
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
     p.add_argument("--epochs", type=epochs, default=6, help="of the VAE; fewer is quicker and worse (default: 6)")
     p.add_argument("--prior-epochs", type=epochs, default=12, help="of the prior (default: 12)")
+    p.add_argument("--compare", action="store_true", help="also train a flat code, and draw all four combinations")
     return parser.parse_args(argv)
 
 

@@ -1209,7 +1209,7 @@ def test_a_run_is_never_overwritten(world, run_folder):
     assert (run_folder / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("part, option", [("vae", "--lr 0.0015"), ("prior", "--prior-lr 0.0005")])
+@pytest.mark.parametrize("part, option", [("vae", "--lr 0.0015"), ("prior", "--prior-lr 0.00075")])
 def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(world, here, monkeypatch, part, option):
     make, calls = getattr(cvae, f"{part}_part"), itertools.count()
 
@@ -1623,11 +1623,9 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_is_no_nan(world, here, m
         def loss_and_overflow(*args):
             call = next(calls)
             seen[call] = made.network.short_in.weight.detach().clone()
-            value = loss(*args)
-            if call == 3:  # finite itself, but its gradient is not
-                value = value + 0 * value.detach() + torch.where(torch.tensor(True), 0.0, 1.0) * 0
-                made.network.short_in.weight.register_hook(lambda gradient: torch.full_like(gradient, math.inf) if len(seen) == 3 else gradient)
-            return value
+            if call == 3:  # the loss is finite, a gradient of it is not
+                made.network.short_in.weight.register_hook(lambda gradient: gradient * math.inf if len(seen) == 3 else gradient)
+            return loss(*args)
 
         made.loss = loss_and_overflow
         return made
@@ -1815,3 +1813,373 @@ def test_two_hundred_mutations_of_a_captions_file(here, capsys):
     assert outcomes == {"refused", "read"}
 
 
+# ---------------------------------------------------------------------------------------------------
+# Speed, as ratios measured in one run on an idle machine (-m speed)
+
+
+def rate(work, images, repeats=3):
+    """Images per second of work(), the median of some repeats."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return images / sorted(seconds)[repeats // 2]
+
+
+def share_of_the_machine(step, shapes, batch, steps=10):
+    """A training step's arithmetic per second, relative to float32 matrix products of these shapes: (share, images/s).
+
+    shapes: a list of (m, k, n), the products that do most of the step's work.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        step()
+    products = [(torch.randn(m, k), torch.randn(k, n)) for m, k, n in shapes]
+    work = sum(2 * m * k * n for m, k, n in shapes)
+    pairs = []
+    for _ in range(5):  # in turns: the clock of a shared machine wanders
+        pairs.append((rate(lambda: [step() for _ in range(steps)], batch * steps, 1), rate(lambda: [a @ b for _ in range(20) for a, b in products], 20 * work, 1)))
+    shares = sorted(images * counter.get_total_flops() / batch / flops for images, flops in pairs)
+    return shares[2], sorted(images for images, _ in pairs)[2]
+
+
+def training_step(network, loss):
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+
+    def step():
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@pytest.mark.speed
+def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
+    batch, c = 64, torch.randn(64, 512)
+    flow, kind, z = cvae.Flow((8, 8, 8), 512, 256), torch.ones(64, dtype=torch.long), torch.randn(64, 8, 8, 8)
+    tokens = batch * 16
+    prior = share_of_the_machine(training_step(flow, lambda: cvae.flow_loss(flow, z, c, kind)),
+                                 [(tokens, 256, 768), (tokens, 256, 256), (tokens, 256, 1024), (tokens, 1024, 256)], batch)
+    vae = cvae.VAE(64, 512).to(memory_format=torch.channels_last)
+    x = torch.rand(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+
+    def loss():
+        return cvae.elbo_loss(*(lambda picture, kl: (picture, x, kl))(*vae(x, c[:16], kind[:16])))
+
+    # a 3x3 convolution is a product of (places, 9 C) with (9 C, C)
+    store = share_of_the_machine(training_step(vae, loss), [(16 * 64, 9 * 96, 96), (16 * 256, 9 * 64, 64), (16 * 1024, 9 * 32, 12)], 16)
+    figures = {"prior, share of matrix products": prior[0], "prior, images/s": prior[1],
+               "VAE, share of matrix products": store[0], "VAE, images/s": store[1]}
+    with capsys.disabled():
+        print("\n" + json.dumps(figures, indent=2))
+    keep("arithmetic.json", figures)
+    assert prior[0] > 0.7 and store[0] > 0.5
+
+
+@pytest.mark.speed
+def test_prepare_is_as_fast_as_clip(here, capsys):
+    coco = SHARED
+    if not coco.exists():  # photographs of COCO's usual size
+        coco = make_coco(here / "coco", count=400)
+        for path in (coco / "val2017").iterdir():
+            Image.open(path).resize((640, 480)).save(path, quality=92)
+    make_clip("big.pt", embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32,
+              transformer_width=512, transformer_heads=8, transformer_layers=12)
+    photographs = cvae.read_captions(coco / "annotations/captions_val2017.json", cvae.THEMES["nature"])
+    paths = [coco / "val2017" / p["file_name"] for p in photographs if (coco / "val2017" / p["file_name"]).exists()]
+    big, speeds = cvae.load_clip("big.pt"), {}
+    squares = torch.randint(0, 256, (len(paths), 3, 224, 224), dtype=torch.uint8)
+    alone, prepare = [], []
+    for _ in range(5):
+        alone.append(rate(lambda: [cvae.encode_images(big, part) for part in squares.split(32)], len(paths), 1))
+        prepare.append(rate(lambda: cvae.embed_photographs(big, paths, torch.device("cpu")), len(paths), 1))
+    ratios = sorted(b / a for a, b in zip(alone, prepare))
+    speeds = {"CLIP alone": sorted(alone)[2], "prepare": sorted(prepare)[2], "prepare relative to CLIP alone": ratios[2]}
+    captions = [caption for photograph in photographs[:64] for caption in photograph["captions"][:5]]
+    speeds["captions, in prepare"] = rate(lambda: cvae.encode_texts(big, captions), len(captions))
+    with capsys.disabled():
+        print("\n" + json.dumps(speeds, indent=2))
+    keep("prepare.json", speeds)
+    assert ratios[2] > 0.9
+
+
+@pytest.mark.speed
+def test_eight_pictures_take_little_longer_than_the_imports(world, here):
+    train(world, "run", "--prior-width", 256)
+
+    def seconds(*command):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    imports = "-c", "import warnings; warnings.simplefilter('ignore'); import torch, clip"
+    more = sorted(seconds(HERE / "cvae.py", "sample", "a sheep", "--checkpoint", "run") - seconds(*imports) for _ in range(5))[2]
+    keep("sample.json", {"seconds beyond the imports": more})
+    assert more < 5
+
+
+# ---------------------------------------------------------------------------------------------------
+# The bars: the whole demo, judged by what was drawn, never by the program that drew it (-m bars)
+
+
+SCENES = [("sheep", "grass", "blue", 1), ("cow", "snow", "grey", 2), ("horse", "field", "sunset", 1), ("sheep", "grass", "night", 3),
+          ("cow", "field", "blue", 1), ("horse", "snow", "night", 1), ("horse", "grass", "sunset", 2), ("sheep", "field", "grey", 2),
+          ("sheep", "field", "night", 1), ("cow", "snow", "sunset", 1)]  # the demo's prompts
+
+
+def test_the_demos_prompts_are_these_scenes():
+    assert [cvae.caption_scene(*scene) for scene in SCENES] == cvae.DEMO_PROMPTS
+    assert [scene[:3] in cvae.UNSEEN for scene in SCENES] == 8 * [False] + 2 * [True]
+
+
+@functools.cache
+def train_judge():
+    """A classifier of animals and of their number that has seen drawings only, and other drawings than the demo's."""
+    torch.manual_seed(7)
+    dice = random.Random(99)
+    scenes = [(dice.choice(list(cvae.SUBJECTS)), dice.choice(list(cvae.GROUNDS)), dice.choice(list(cvae.SKIES)), dice.choice(list(cvae.RELIEFS)),
+               dice.randint(1, 3), dice.choice(("left", "right"))) for _ in range(2400)]
+    x = torch.stack([cvae.centre_square(cvae.draw_pasture(scene, 10**6 + i), 128) for i, scene in enumerate(scenes)])
+    x, y = cvae.pool_images(x, 64) / 255, torch.tensor([(list(cvae.SUBJECTS).index(scene[0]), scene[4] - 1) for scene in scenes])
+    judge = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 48, 3, 2, 1), nn.BatchNorm2d(48),
+                          nn.ReLU(), nn.Conv2d(48, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                          nn.Dropout(0.3), nn.Linear(1024, 6))
+    optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
+    for _ in range(8):
+        for batch in torch.randperm(2000).split(50):
+            answers = judge(x[batch] + 0.03 * torch.randn(len(batch), 3, 64, 64))
+            loss = F.cross_entropy(answers[:, :3], y[batch, 0]) + F.cross_entropy(answers[:, 3:], y[batch, 1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    judge.eval()
+
+    @torch.no_grad()
+    def answer(pictures):
+        answers = judge(pictures)
+        return torch.stack([answers[:, :3].argmax(1), answers[:, 3:].argmax(1)], 1)
+
+    assert ((answer(x[2000:]) == y[2000:]).float().mean(0) > 0.98).all(), "the judge itself must be trustworthy"
+    return answer
+
+
+def colours(pictures):
+    """Sky and ground by the colours that were mixed for drawing: the medians of the top and bottom rows."""
+    top, bottom = (rows.flatten(2).median(2).values * 255 for rows in (pictures[:, :, :3], pictures[:, :, -3:]))
+    skies = torch.tensor([cvae.SKY_COLOURS[sky][0] for sky in cvae.SKIES]).float()
+    grounds = torch.tensor([[value * light for value, light in zip(cvae.GROUND_COLOURS[ground], cvae.LIGHT[sky])]
+                            for ground in cvae.GROUNDS for sky in cvae.SKIES]).float()
+    return torch.cdist(top, skies).argmin(1), torch.cdist(bottom, grounds).argmin(1) // len(cvae.SKIES)
+
+
+def bright_discs(picture, least=12):
+    """How many connected bright patches of at least `least` pixels are in the upper 40% of a picture (3, S, S): moons, not stars."""
+    bright = (picture.mean(0) > 0.75)[:int(0.4 * picture.shape[1])].numpy().copy()
+    discs = 0
+    while bright.any():
+        stack, size = [tuple(np.argwhere(bright)[0])], 0
+        while stack:
+            i, j = stack.pop()
+            if 0 <= i < bright.shape[0] and 0 <= j < bright.shape[1] and bright[i, j]:
+                bright[i, j], size = False, size + 1
+                stack += [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+        discs += size >= least
+    return discs
+
+
+def test_moons_are_counted():
+    for number in range(8):
+        night = (("sheep", "cow")[number % 2], "grass", "night", ("hills", "mountains")[number // 4], 1, "left")
+        picture = cvae.pool_images(cvae.centre_square(cvae.draw_pasture(night, number), 128)[None], 64)[0] / 255
+        assert bright_discs(picture) == 1
+        twice = picture.clone()
+        twice[:, 2:12, 30:40] = 0.95
+        assert bright_discs(twice) == (2 if picture[:, 1:13, 29:41].mean(0).max() < 0.75 else 1)
+
+
+def judge_demo(run, count=32):
+    """Shares of samples that show what the prompt asks for, seen | unseen combinations, at the default guidance."""
+    models, config = cvae.load_models(run / "best.pt", torch.device("cpu"))
+    texts = cvae.encode_texts(cvae.load_clip(config["clip"]), cvae.DEMO_PROMPTS)
+    right = {name: {False: [], True: []} for name in ("sky", "ground", "animal", "number", "moon")}
+    for scene, text in zip(SCENES, texts):
+        torch.manual_seed(0)
+        pictures = cvae.generate(models, text.expand(count, -1), cvae.CAPTION, torch.randn(count, *models["vae"].shape))
+        (sky, ground), answers, unseen = colours(pictures), train_judge()(pictures), scene[:3] in cvae.UNSEEN
+        right["animal"][unseen].append(answers[:, 0] == list(cvae.SUBJECTS).index(scene[0]))
+        right["ground"][unseen].append(ground == list(cvae.GROUNDS).index(scene[1]))
+        right["sky"][unseen].append(sky == list(cvae.SKIES).index(scene[2]))
+        right["number"][unseen].append(answers[:, 1] == scene[3] - 1)
+        if scene[2] == "night":
+            right["moon"][unseen].append(torch.tensor([bright_discs(picture) == 1 for picture in pictures]))
+    return {f"{name}{', unseen' if unseen else ''}": torch.cat(hits).float().mean().item()
+            for name, parts in right.items() for unseen, hits in parts.items()}
+
+
+@pytest.mark.bars
+def test_the_demo_meets_the_bars(here):
+    """SEEDS="0,1,2" (the default) trains the demo's model with each; the first one is the demo itself, timed."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, str(HERE / "cvae.py"), "demo"], check=True)
+    figures = {"demo, minutes": (time.perf_counter() - began) / 60}
+    [first] = (here / "runs").iterdir()
+    for seed in map(int, os.environ.get("SEEDS", "0,1,2").split(",")):
+        run = first
+        if seed:
+            run = Path(f"seed-{seed}")
+            config = torch.load(first / "last.pt", weights_only=True)["config"]
+            cvae.main(["train", "--data", "data/toy.pt", "--epochs", str(config["epochs"]), "--prior-epochs", str(config["prior_epochs"]),
+                       "--prior-width", "128", "--no-flip", "--seed", str(seed), "--run", str(run)])
+            cvae.main(["evaluate", "--checkpoint", str(run)])
+        table = json.loads((run / "evaluation.json").read_text())["table"]
+        figures[f"seed {seed}"] = judge_demo(run) | {"R-precision": table[f"samples, guidance {cvae.GUIDANCE:g}"]["R-precision"],
+                                                     "R-precision of drawings": table["photographs"]["R-precision"]}
+        keep("bars.json", figures)
+    print(json.dumps(figures, indent=2))
+    assert figures["demo, minutes"] < 4.5
+    for seed in (name for name in figures if name.startswith("seed")):
+        one = figures[seed]
+        assert min(one["sky"], one["ground"]) >= 0.99 and min(one["sky, unseen"], one["ground, unseen"]) >= 0.97
+        assert one["animal"] >= 0.98 and one["animal, unseen"] >= 0.95 and one["number"] >= 0.9 and one["moon"] >= 0.95
+        assert one["R-precision"] >= one["R-precision of drawings"]
+
+
+# The sixteen kinds of the photographs, judged by a classifier that has seen the real training photographs only
+
+
+KINDS = ["goose", "king penguin", "ox", "bison", "bighorn sheep", "gazelle", "camel", "elephant", "lion", "alp", "cliff", "lakeside", "seashore",
+         "barn", "viaduct", "coral reef"]
+WORDS = "goose penguin ox bison sheep gazelle camel elephant lion alp cliff lakeside seashore barn viaduct coral".split()
+
+
+def prompt_of(kind):
+    return f"a photo of {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+class KindJudge(nn.Module):
+    """A small residual network: (N, 3, 64, 64) -> features (N, 192) -> 16 kinds."""
+
+    def __init__(self):
+        super().__init__()
+
+        def conv(above, width, stride, kernel=3):
+            return nn.Sequential(nn.Conv2d(above, width, kernel, stride, (kernel - 1) // 2, bias=False), nn.BatchNorm2d(width))
+
+        self.stem = nn.Sequential(conv(3, 32, 2, 4), nn.ReLU())
+        self.blocks = nn.ModuleList(nn.ModuleList([conv(a, b, stride), conv(b, b, 1), conv(a, b, stride, 1)])
+                                    for a, b, stride in ((32, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1), (96, 192, 2)))
+        self.kinds = nn.Linear(192, 16)
+
+    def features(self, x):
+        h = self.stem(x * 2 - 1)
+        for first, second, short in self.blocks:
+            h = F.relu(second(F.relu(first(h))) + short(h))
+        return h.mean((2, 3))
+
+    def forward(self, x):
+        return self.kinds(F.dropout(self.features(x), 0.3, self.training))
+
+
+def train_kind_judge(x, labels, epochs=16, batch=64):
+    """Learn the kinds of photographs uint8 (N, 3, 64, 64): flips, shifts and mixtures, as is usual."""
+    torch.manual_seed(0)
+    judge = KindJudge().to(memory_format=torch.channels_last)
+    optimizer, steps = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05), epochs * (len(x) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.2)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(batch)[:len(x) // batch]:
+            padded, (i, j) = F.pad(x[rows] / 255, (6, 6, 6, 6), mode="reflect"), torch.randint(13, (2,)).tolist()
+            pictures = padded[:, :, i:i + 64, j:j + 64]
+            pictures = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, pictures.flip(3), pictures)
+            target, other = F.one_hot(labels[rows], 16).float(), torch.randperm(batch)
+            share = torch.distributions.Beta(0.3, 0.3).sample().item()
+            pictures, target = (share * t + (1 - share) * t[other] for t in (pictures, target))
+            loss = F.cross_entropy(judge(pictures.contiguous(memory_format=torch.channels_last)), target, label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return judge.eval()
+
+
+def kid(a, b):
+    """Kernel inception distance (Binkowski et al. 2018) of two sets of features, times 1,000: unbiased MMD², (x·y/d + 1)³."""
+    def kernel(u, v):
+        return (u.double() @ v.double().T / u.shape[1] + 1) ** 3
+
+    aa, bb, n, m = kernel(a, a), kernel(b, b), len(a), len(b)
+    return 1000 * ((aa.sum() - aa.trace()) / n / (n - 1) + (bb.sum() - bb.trace()) / m / (m - 1) - 2 * kernel(a, b).mean()).item()
+
+
+def test_kid_of_known_cases():
+    torch.manual_seed(0)
+    a, b = torch.randn(400, 4), torch.randn(400, 4)
+    assert abs(kid(a, b)) < 150 < kid(a, b + 1)  # unbiased: near zero for one distribution
+    u, v = [[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]]
+    k = lambda p, q: (sum(x * y for x, y in zip(p, q)) / 2 + 1) ** 3
+    expected = k(*u) + k(*v) - 2 * sum(k(p, q) for p in u for q in v) / 4
+    assert kid(torch.tensor(u), torch.tensor(v)) == pytest.approx(1000 * expected)
+
+
+@torch.no_grad()
+def judge_kinds(judge, pictures, labels, real):
+    """Figures of pictures (N, 3, 64, 64) whose kinds are labels: named rightly, by kind, KID to real features, diversity."""
+    features = torch.cat([judge.features(some) for some in pictures.split(200)])
+    right = (judge.kinds(features).argmax(1) == labels).float()
+    units = F.normalize(features, dim=1)
+    return {"named rightly": right.mean().item(), "by kind": [right[labels == k].mean().item() for k in range(16)],
+            "KID": kid(features, real), "diversity": np.mean([cvae.diversity(units[labels == k]) for k in range(16)]).item()}
+
+
+def kinds_of(data):
+    return torch.tensor([[prompt_of(kind) for kind in KINDS].index(captions[0]) for captions in data["captions"]])
+
+
+@torch.no_grad()
+def judge_photographs_run(run, data_path, judge, guidances=(1, cvae.GUIDANCE), count=32):
+    """Everything that the bar asks about a run on the photographs, and about real and reconstructed test photographs."""
+    models, config = cvae.load_models(run, torch.device("cpu"))
+    data = cvae.load_data(data_path)
+    images, labels, test = cvae.pool_images(data["images"], 64), kinds_of(data), cvae.rows_of(data, cvae.TEST)
+    x = images[test] / 255
+    real = torch.cat([judge.features(some) for some in x.split(200)])
+    figures = {"real": judge_kinds(judge, x, labels[test], real)}
+    kind = torch.full((len(test),), cvae.PICTURE)
+    rebuilt = torch.cat([models["vae"](*some)[0] for some in zip(x.split(100), data["image_embeddings"][test].split(100), kind.split(100))])
+    figures["reconstructed"] = judge_kinds(judge, rebuilt, labels[test], real)
+    texts = cvae.encode_texts(cvae.load_clip(config["clip"]), [prompt_of(kind) for kind in KINDS])
+    own = torch.arange(16).repeat_interleave(count)
+    for guidance in guidances:
+        torch.manual_seed(0)
+        pictures = cvae.generate(models, texts[own], cvae.CAPTION, torch.randn(len(own), *models["vae"].shape), guidance)
+        figures[f"guidance {guidance:g}"] = judge_kinds(judge, pictures, own, real)
+    torch.manual_seed(0)
+    noise = torch.randn(len(own), *models["vae"].shape)
+    figures["N(0, I)"] = judge_kinds(judge, cvae.generate(models | {"prior": None}, texts[own], cvae.CAPTION, noise), own, real)
+    return figures
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason=f"{PHOTOGRAPHS} is not on this machine")
+@pytest.mark.bars
+def test_photographs_meet_the_bars(here):
+    """An hour on two slow cores. The ladder's figures are not in here yet: they need the program of commit 7902de7."""
+    cvae.main(["prepare", "--coco", str(PHOTOGRAPHS), "--clip", str(PHOTOGRAPHS / "clip.pt"), "--words", *WORDS])
+    data = cvae.load_data(cvae.DATA)
+    images, labels, learned = cvae.pool_images(data["images"], 64), kinds_of(data), cvae.rows_of(data, cvae.TRAINING)
+    judge = train_kind_judge(images[learned], labels[learned])
+    began = time.perf_counter()
+    cvae.main(["train", "--epochs", "14", "--prior-epochs", "75", "--run", "photographs"])
+    figures = {"minutes": (time.perf_counter() - began) / 60} | judge_photographs_run(Path("photographs/best.pt"), cvae.DATA, judge)
+    cvae.main(["evaluate", "--checkpoint", "photographs"])
+    table = json.loads(Path("photographs/evaluation.json").read_text())["table"]
+    figures["table"] = table
+    keep("photographs.json", figures)
+    print(json.dumps(figures, indent=2))
+    real, plain, default = (figures[name] for name in ("real", "guidance 1", f"guidance {cvae.GUIDANCE:g}"))
+    assert figures["minutes"] < 60 and real["named rightly"] > 0.55
+    assert plain["named rightly"] >= 0.7 * real["named rightly"] and default["named rightly"] >= real["named rightly"]
+    assert sum(share > 0.5 * real["named rightly"] for share in default["by kind"]) >= 14
+    assert default["diversity"] >= 0.8 * real["diversity"]
+    assert table["samples, guidance 1"]["nearest"] >= 0.9 * table["photographs"]["nearest"]
