@@ -250,20 +250,20 @@ def prepare(args):
     computed once. Whole photographs go into a part of the data, with all their captions, so that no
     caption of a training picture is ever used to judge.
     """
-    if args.theme and args.words:
-        raise Stop("Give --theme or --words, not both.")
+    if args.theme and args.words or args.coco and args.mirror:
+        raise Stop("Give --theme or --words, not both; and --coco (nothing is fetched) or --mirror, not both.")
     words = args.words or THEMES[args.theme or "bucolic"]
     must_be_writable(Path(args.data).parent, Path(args.data))
     device = choose_device(args.device)
     root = Path(args.coco or "data/coco")
     captions_path = root / f"annotations/captions_{args.split}.json"
     if not args.coco:
-        captions_path = fetch_annotations(root, args.split, args.mirror)
+        captions_path = fetch_annotations(root, args.split, args.mirror or COCO_URL)
     photographs = read_captions(captions_path, words)
     folder = root / args.split
     model = load_clip(args.clip, device)  # before the long download: a mistake should show early
     if not args.coco:
-        fetch_photographs(photographs, folder, args.mirror)
+        fetch_photographs(photographs, folder, args.mirror or COCO_URL)
     on_disk = [p for p in photographs if (folder / p["file_name"]).exists()]
     print(f"{len(photographs)} photographs match {', '.join(words) or 'every word'}; {len(on_disk)} are in {folder}, "
           f"{len(photographs) - len(on_disk)} are missing.")
@@ -599,11 +599,6 @@ def follow(mean, network, step):
             kept.copy_(buffer)
 
 
-def count_parameters(network):
-    """In millions, as text."""
-    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f}"
-
-
 def vae_part(vae, images, data, config, device, dtype):
     """What fit needs to train the VAE."""
     objective, rows = OBJECTIVES[config["objective"]], rows_of(data, TRAINING)
@@ -782,7 +777,7 @@ def train(args):
     vae.condition.learn_statistics(data, rows_of(data, TRAINING))
     vae = vae.to(device, memory_format=torch.channels_last)
     print(f"{run}: {len(rows_of(data, TRAINING))} photographs of {config['size']} pixels, on {device.type} in "
-          f"{str(dtype).removeprefix('torch.')} ({why}); {count_parameters(vae)} million parameters in the VAE")
+          f"{str(dtype).removeprefix('torch.')} ({why}); {sum(p.numel() for p in vae.parameters()):,} parameters in the VAE")
     models = {"vae": vae, "prior": None}
     history = checkpoint["history"] if checkpoint else {"vae": [], "prior": []}
     saved = checkpoint["training"] if checkpoint else {"part": "vae"}
@@ -797,7 +792,7 @@ def train(args):
     models["vae"] = vae.requires_grad_(False).eval()
     if config["prior"] == "flow":
         part = prior_part(vae, images, data, config, device, dtype, models)
-        print(f"{run}: now the prior, {count_parameters(part.network)} million parameters")
+        print(f"{run}: now the prior, {sum(p.numel() for p in part.network.parameters()):,} parameters")
         fit(part, run, config, models, history, device, dtype, saved if saved["part"] == "prior" else None)
         best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["prior"]
         models["prior"].load_state_dict(best)
@@ -911,22 +906,23 @@ def flow_loss(flow, z, embedding, kind, drop=0.1):
 
 
 @torch.no_grad()
-def encode_photographs(vae, images, data, rows, device, mirrored=False):
-    """Where the encoder puts these photographs of the data: mu and sigma, (n, C, s, s) each."""
-    codes = []
-    for some in tqdm(rows.split(64), desc="encoding photographs", leave=False):
-        x, kind = take(images, some, device), torch.full((len(some),), PICTURE, device=device)
-        codes.append(vae.encode(x.flip(3) if mirrored else x, data["image_embeddings"][some], kind))
-    mu, logvar = (torch.cat(parts).contiguous() for parts in zip(*codes))
-    return mu, torch.exp(0.5 * logvar)
+def encode_photographs(vae, images, data, rows, device, flip=False):
+    """Where the encoder puts photographs of the data, and their mirror images: mu, sigma (n, 1 or 2, C, s, s)."""
+    mu = torch.empty(len(rows), 2 if flip else 1, *vae.shape, device=device)
+    sigma = torch.empty_like(mu)
+    for place in tqdm(torch.arange(len(rows), device=device).split(64), desc="encoding photographs", leave=False):
+        x, kind = take(images, rows[place], device), torch.full((len(place),), PICTURE, device=device)
+        for version in range(mu.shape[1]):
+            seen = x.flip(3) if version else x
+            mu[place, version], logvar = vae.encode(seen, data["image_embeddings"][rows[place]], kind)
+            sigma[place, version] = torch.exp(0.5 * logvar)
+    return mu, sigma
 
 
 def prior_part(vae, images, data, config, device, dtype, models):
     """What fit needs to train the prior on the codes of a trained VAE."""
-    # once, for all photographs, and for their mirror images: (N, 1 or 2, C, s, s)
-    mu, sigma = (torch.stack(versions, dim=1) for versions in zip(*(
-        encode_photographs(vae, images, data, torch.arange(len(images), device=device), device, mirrored)
-        for mirrored in ([False, True] if config["flip"] else [False]))))
+    everyone = torch.arange(len(images), device=device)
+    mu, sigma = encode_photographs(vae, images, data, everyone, device, config["flip"])  # once, kept in memory
     rows = rows_of(data, TRAINING)
     torch.manual_seed(config["seed"])
     flow = Flow(vae.shape, config["condition_dim"], config["prior_width"])
@@ -1030,15 +1026,14 @@ def sample(args):
     """Draw pictures for prompts (or from a photograph, or between two prompts); write a captioned grid."""
     if not args.prompts and not args.image:
         raise Stop('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
-    if args.interpolate and (len(args.prompts) != 2 or args.image):
-        raise Stop("--interpolate goes from one prompt to another: give exactly two, and no --image.")
+    if args.interpolate and (len(args.prompts) != 2 or args.image or args.show_steps):
+        raise Stop("--interpolate goes from one prompt to another: give exactly two, and no --image or --show-steps.")
     if args.rerank and (args.interpolate or args.show_steps or args.rerank < args.n):
         raise Stop("--rerank N draws N pictures and keeps the best -n of them: N must be at least as large, and "
                    "it doesn't go with --interpolate or --show-steps.")
     device = choose_device(args.device)
     models, config = load_models(checkpoint_path(args.checkpoint), device)
-    if args.show_steps and not models["prior"]:
-        raise Stop("--show-steps shows the learned prior at work, and this model has none (--prior normal).")
+    guidance, steps = flow_options(args, models)
     clip_model = load_clip_of(config, device, args.clip)
     wishes = read_wishes(args, clip_model, device)
     must_be_writable(Path(args.out))
@@ -1048,7 +1043,7 @@ def sample(args):
         torch.manual_seed(args.seed)
         return args.temperature * torch.randn(count, *shape, device=device)
 
-    draw = partial(generate, models, guidance=args.guidance, steps=args.steps)
+    draw = partial(generate, models, guidance=guidance, steps=steps)
     if args.interpolate:
         (start, a, _), (end, b, _) = wishes
         arc = slerp(a[0], b[0], args.n)                                                 # (n, D)
@@ -1057,8 +1052,8 @@ def sample(args):
     elif args.show_steps:
         for _, target, kind in wishes:
             kind = torch.tensor([kind], device=device)
-            way = draw_codes(models["prior"], noise(1), target, kind, args.guidance, args.steps)
-            shown = torch.linspace(0, args.steps, args.n).round().long().tolist()
+            way = draw_codes(models["prior"], noise(1), target, kind, guidance, steps)
+            shown = torch.linspace(0, steps, args.n).round().long().tolist()
             rows.append(torch.cat([models["vae"].decode(way[step], target, kind) for step in shown]))
     else:
         for _, target, kind in tqdm(wishes, desc="sampling", leave=False):
@@ -1154,6 +1149,7 @@ def evaluate(args):
     device = choose_device(args.device)
     path = checkpoint_path(args.checkpoint)
     models, config = load_models(path, device)
+    chosen_guidance, steps = flow_options(args, models)
     data = load_data(args.data or config["data"], device)
     if data["fingerprint"] != config["fingerprint"]:
         raise Stop(f"{args.data or config['data']} is not the data that {path} was trained on.")
@@ -1169,10 +1165,10 @@ def evaluate(args):
     texts = encode_texts(clip_model, list(captions))                                    # (100, D)
     table = {"photographs": judge_photographs(data, test, texts, captions.values(), real, real_training)}
 
-    for guidance in sorted({1.0, args.guidance}):
+    for guidance in sorted({1.0, chosen_guidance}) if models["prior"] else [1.0]:
         def draw(texts):
             noise = torch.randn(len(texts), *models["vae"].shape, device=device)
-            return generate(models, texts, CAPTION, noise, guidance, args.steps)
+            return generate(models, texts, CAPTION, noise, guidance, steps)
 
         torch.manual_seed(args.seed)
         own = torch.arange(len(texts), device=device).repeat_interleave(8)              # eight of each caption
@@ -1711,6 +1707,9 @@ def open_run(args):
     if not args.resume:
         if args.run and (Path(args.run) / "last.pt").exists():
             raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
+        ignored = [f"--{name.replace('_', '-')}" for name in ("prior_epochs", "prior_lr", "prior_width") if name in given]
+        if given.get("prior") == "normal" and ignored:
+            raise Stop(f"{ignored[0]} says how to train a flow, and --prior normal wants none.")
         return Path(args.run) if args.run else None, DEFAULTS | given, None
     run = Path(args.run or newest_run("last.pt"))
     checkpoint = load(run / "last.pt", "checkpoint", CHECKPOINT_VERSION)
@@ -1783,6 +1782,13 @@ def load_models(path, device):
         models["prior"] = Flow(vae.shape, config["condition_dim"], config["prior_width"]).to(device).eval()
         models["prior"].load_state_dict(checkpoint["prior"])
     return models, config
+
+
+def flow_options(args, models):
+    """--guidance and --steps, which are refused where there is no flow to guide."""
+    if not models["prior"] and (args.guidance is not None or args.steps is not None or getattr(args, "show_steps", False)):
+        raise Stop("--guidance, --steps and --show-steps are for a learned prior, and this model has none.")
+    return GUIDANCE if args.guidance is None else args.guidance, args.steps or STEPS
 
 
 def load_clip_of(config, device, name=None):
@@ -1915,6 +1921,7 @@ def save_prior_picture(path, models, images, data, device):
     vae, flow = models["vae"], models["prior"]
     mu, sigma = encode_photographs(vae, images, data, rows, device)
     torch.manual_seed(0)
+    mu, sigma = mu[:, 0], sigma[:, 0]
     noise = torch.randn_like(mu)
     clouds = {"codes of photographs": mu + sigma * torch.randn_like(mu), "draws from N(0, I)": noise}
     if flow:
@@ -2076,7 +2083,7 @@ def parse_arguments(argv=None):
     p.add_argument("--words", nargs="+", metavar="WORD", help="a word list of your own")
     p.add_argument("--split", default="train2017", type=plain_name, help="part of COCO (default: train2017)")
     p.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
-    p.add_argument("--mirror", metavar="URL", default=COCO_URL, help=f"address to fetch from (default: {COCO_URL})")
+    p.add_argument("--mirror", metavar="URL", help=f"address to fetch from (default: {COCO_URL})")
     p.add_argument("--clip", default="ViT-B/32", help="CLIP's name, or a file of its weights (default: ViT-B/32)")
     p.add_argument("--data", default=DATA, help=f"data file to write (default: {DATA})")
 
@@ -2107,10 +2114,10 @@ def parse_arguments(argv=None):
     p.add_argument("prompts", nargs="*", metavar="PROMPT")
     p.add_argument("-n", type=between(int, 1, 64), default=8, help="pictures per prompt (default: 8)")
     p.add_argument("--seed", type=seed, default=0, help="same seed, same pictures (default: 0)")
-    p.add_argument("--guidance", type=between(float, 0, 20), default=GUIDANCE,
+    p.add_argument("--guidance", type=between(float, 0, 20),
                    help=f"more than 1: surer, less varied (default: {GUIDANCE:g})")
     p.add_argument("--temperature", type=between(float, 0, 2), default=1.0, help="scales the starting noise (default: 1)")
-    p.add_argument("--steps", type=between(int, 1, 1000), default=STEPS, help=f"of the flow (default: {STEPS})")
+    p.add_argument("--steps", type=between(int, 1, 1000), help=f"of the flow (default: {STEPS})")
     p.add_argument("--rerank", type=between(int, 1, 4096), default=0, metavar="N",
                    help="draw N per prompt and keep those that CLIP likes best")
     p.add_argument("--image", metavar="FILE", help="draw variations of a photograph")
@@ -2123,8 +2130,8 @@ def parse_arguments(argv=None):
 
     p = command(evaluate, "measure a run on the test part of its data")
     p.add_argument("--seed", type=seed, default=0, help="of the samples (default: 0)")
-    p.add_argument("--guidance", type=between(float, 0, 20), default=GUIDANCE, help="as for sample; 1 is always measured")
-    p.add_argument("--steps", type=between(int, 1, 1000), default=STEPS, help="as for sample")
+    p.add_argument("--guidance", type=between(float, 0, 20), help="as for sample; 1 is always measured")
+    p.add_argument("--steps", type=between(int, 1, 1000), help="as for sample")
     p.add_argument("--checkpoint", metavar="FILE", help="checkpoint or run folder (default: the newest run)")
     p.add_argument("--data", help="the run's data file, if it has moved")
     p.add_argument("--clip", help="the run's CLIP, if its file has moved")

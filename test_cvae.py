@@ -109,10 +109,10 @@ def undisturbed(world):
 
 
 def train(world, run, *options):
-    cvae.main(["train", "--data", str(world / "data.pt"), "--run", str(run), *map(str, [*SMALL, *options])])
+    cvae.main(["train", "--data", str(world / "data.pt"), "--run", str(run), *map(str, [*(SMALL[:4] if "normal" in options else SMALL), *options])])
 
 
-SMALL = ["--epochs", 2, "--prior-epochs", 2, "--prior-width", 64, "--batch", 8]
+SMALL = ["--epochs", 2, "--batch", 8, "--prior-epochs", 2, "--prior-width", 64]
 
 
 def stops(*argv):
@@ -845,7 +845,8 @@ def test_size_dropout_latents_prior_and_objective_change_what_they_name(world, r
     shutil.copytree(run_folder, "plain")
     for name, options in (("drop", ["--dropout"]), ("flat", ["--latents", "flat"]), ("normal", ["--prior", "normal"]),
                           ("original", ["--objective", "original"]), ("big", ["--size", 128]), ("flip", ["--no-flip"])):
-        train(world, name, "--epochs", 1, "--prior-epochs", 1, *options)
+        epochs = ["--epochs", 1] if name == "normal" else ["--epochs", 1, "--prior-epochs", 1, "--prior-width", 64]
+        cvae.main(["train", "--data", str(world / "data.pt"), "--run", name, "--batch", "8", *map(str, [*epochs, *options])])
     stored = {run: torch.load(f"{run}/best.pt", weights_only=True) for run in ("plain", "drop", "flat", "normal", "original", "big", "flip")}
     assert [stored[run]["config"]["dropout"] for run in ("plain", "drop")] == [0.0, 0.3]
     for run in ("drop", "flat", "original", "flip"):  # same seed, same photographs: only what was named differs
@@ -1040,18 +1041,16 @@ def test_codes_are_where_the_encoder_puts_them(world, run_folder):
     models, config = cvae.load_models(run_folder / "best.pt", torch.device("cpu"))
     data = cvae.load_data(world / "data.pt")
     images, rows = cvae.pool_images(data["images"], 64), torch.tensor([5, 2, 9])
-    mu, sigma = cvae.encode_photographs(models["vae"], images, data, rows, torch.device("cpu"), mirrored=True)
+    mu, sigma = cvae.encode_photographs(models["vae"], images, data, rows, torch.device("cpu"), flip=True)
     with torch.no_grad():
-        expected, logvar = models["vae"].encode(images[rows].flip(3) / 255, data["image_embeddings"][rows], torch.zeros(3, dtype=torch.long))
-    torch.testing.assert_close(mu, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sigma, (0.5 * logvar).exp(), atol=1e-4, rtol=1e-4)
+        for version, x in enumerate((images[rows] / 255, images[rows].flip(3) / 255)):
+            expected, logvar = models["vae"].encode(x, data["image_embeddings"][rows], torch.zeros(3, dtype=torch.long))
+            torch.testing.assert_close(mu[:, version], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(sigma[:, version], (0.5 * logvar).exp(), atol=1e-4, rtol=1e-4)
     # the flow's centre and scale make the training codes standard normal in each channel
     learned = data["part"] == cvae.TRAINING
-    draws = []
-    for mirrored in (False, True):
-        mu, sigma = cvae.encode_photographs(models["vae"], images, data, learned.nonzero()[:, 0], torch.device("cpu"), mirrored)
-        draws += [mu + sigma * torch.randn_like(mu) for _ in range(20)]
-    z = (torch.cat(draws) - models["prior"].center) / models["prior"].scale
+    mu, sigma = cvae.encode_photographs(models["vae"], images, data, learned.nonzero()[:, 0], torch.device("cpu"), flip=True)
+    z = (torch.cat([mu + sigma * torch.randn_like(mu) for _ in range(20)]).flatten(0, 1) - models["prior"].center) / models["prior"].scale
     assert z.mean((0, 2, 3)).abs().max() < 0.1 and (z.std((0, 2, 3)) - 1).abs().max() < 0.1
 
 
@@ -1182,7 +1181,7 @@ def test_options_of_a_resumed_run_take_effect_or_are_refused(world, run_folder, 
 def test_two_trainings_never_share_a_folder(world, here, monkeypatch):
     monkeypatch.setattr(cvae.time, "strftime", lambda form: "the-same-second")
     for _ in range(2):
-        cvae.main(["train", "--data", str(world / "data.pt"), *map(str, SMALL), "--epochs", "1", "--prior", "normal"])
+        cvae.main(["train", "--data", str(world / "data.pt"), "--epochs", "1", "--prior", "normal"])
     assert len(list(Path("runs").iterdir())) == 2
     (here / "file").write_text("")
     assert "can't be made" in stops("train", "--data", world / "data.pt", "--run", "file")
@@ -1729,6 +1728,33 @@ def test_an_instances_file_is_called_what_it_is(here):
 
 def test_theme_and_words_exclude_each_other(world, here):
     assert "not both" in stops("prepare", "--theme", "nature", "--words", "sheep", "--coco", world / "coco", "--clip", world / "clip.pt")
+    assert "not both" in stops("prepare", "--coco", world / "coco", "--mirror", "http://127.0.0.1:9", "--clip", world / "clip.pt")
+
+
+def test_options_of_a_flow_are_refused_where_there_is_none(world, here):
+    for option, value in (("--prior-epochs", 5), ("--prior-lr", 1e-3), ("--prior-width", 64)):
+        assert option in stops("train", "--data", world / "data.pt", "--prior", "normal", option, value)
+    cvae.main(["train", "--data", str(world / "data.pt"), "--prior", "normal", "--epochs", "1", "--run", "run"])
+    for options in (["--guidance", 3], ["--steps", 5], ["--show-steps"]):
+        assert "learned prior" in stops("sample", "a sheep", "--checkpoint", "run", *options)
+    cvae.main(["evaluate", "--checkpoint", "run"])
+    assert set(json.loads(Path("run/evaluation.json").read_text())["table"]) == {"photographs", "samples, guidance 1"}
+
+
+def test_training_goes_on_where_torch_compile_cannot(monkeypatch, capsys):
+    def broken(network):
+        def forward(*example):
+            raise RuntimeError("no C compiler")
+        return forward
+
+    network, cuda = nn.Linear(2, 2), type("OnCuda", (), {"device": torch.device("cuda")})()
+    monkeypatch.setattr(torch, "compile", broken)
+    assert cvae.compiled(network, [cuda], wanted=True) is network and "no C compiler" in capsys.readouterr().out
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    example = torch.randn(3, 2)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
+    assert cvae.compiled(network, [example], wanted=True) is network and network.weight.grad is None  # the trial leaves no gradient
+    assert cvae.compiled(network, [example], wanted=False) is network and capsys.readouterr().out == ""
 
 
 def slow_reader(content, word):
@@ -2183,3 +2209,37 @@ def test_photographs_meet_the_bars(here):
     assert sum(share > 0.5 * real["named rightly"] for share in default["by kind"]) >= 14
     assert default["diversity"] >= 0.8 * real["diversity"]
     assert table["samples, guidance 1"]["nearest"] >= 0.9 * table["photographs"]["nearest"]
+
+
+@pytest.mark.speed
+def test_time_and_memory_grow_in_proportion(here, capsys):
+    """prepare and an epoch of each part with more and more generated photographs (PHOTOGRAPHS="1000,4000,16000")."""
+    counts = [int(count) for count in os.environ.get("PHOTOGRAPHS", "1000,4000,16000").split(",")]
+    make_clip("clip.pt")
+    figures = {}
+    for count in counts:
+        root = Path(f"coco-{count}")
+        (root / "val2017").mkdir(parents=True)
+        for number in range(count):
+            noise = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((160, 128), Image.BICUBIC).save(root / f"val2017/{number}.jpg")
+        captions_file(root, [image(number, width=160, height=128) for number in range(count)],
+                      [{"image_id": number, "caption": "a sheep"} for number in range(count)])
+        commands = {"prepare": ["prepare", "--coco", root, "--split", "val2017", "--theme", "all", "--clip", "clip.pt", "--data", f"{count}.pt"],
+                    "epoch": ["train", "--data", f"{count}.pt", "--size", 128, "--epochs", 1, "--prior-epochs", 1, "--prior-width", 64, "--run", f"run-{count}"]}
+        for name, command in commands.items():
+            script = "import resource, runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nfinally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", script, str(HERE / "cvae.py"), *map(str, command)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            figures[f"{name}, {count}"] = {"seconds": time.perf_counter() - began, "GB": int(re.search(r"peak (\d+)", done.stdout)[1]) * 1024 / 1e9}
+    keep("growth.json", figures)
+    with capsys.disabled():
+        print("\n" + json.dumps(figures, indent=2))
+    small, large = counts[0], counts[-1]
+    pixels = (large - small) * 3 * 128**2 / 1e9
+    for name, codes in (("prepare", 0), ("epoch", (large - small) * 4 * 8 * 16**2 * 4 / 1e9)):  # mu and sigma, mirrored and not
+        a, b = figures[f"{name}, {small}"], figures[f"{name}, {large}"]
+        assert b["GB"] - a["GB"] < 1.25 * (pixels + codes) + 0.2  # one copy of the pixels, and of the codes
+        assert b["seconds"] < 1.3 * a["seconds"] * large / small
+        assert a["GB"] + (b["GB"] - a["GB"]) / (large - small) * 118_287 < 14  # all of COCO, by the straight line
