@@ -45,6 +45,7 @@ Autoencoders" (Brown University, 2024), called "the report" below.
 """
 import os
 import signal
+import sys
 
 
 def say_goodbye(*_):
@@ -53,7 +54,7 @@ def say_goodbye(*_):
     os._exit(1)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a notebook interrupts in its own way
     signal.signal(signal.SIGINT, say_goodbye)
 
 import argparse
@@ -68,7 +69,6 @@ import random
 import re
 import shlex
 import socket
-import sys
 import tempfile
 import time
 import unicodedata
