@@ -13,7 +13,7 @@ Training, part two: the prior learns which codes go with which condition.
 
 Sampling puts the two together.
 
-    prompt ─► CLIP's text encoder ─► c        noise ─► prior, told c ─► z        z, c ─► decoder ─► picture
+    prompt ─► CLIP's text encoder ─► c      noise ─► prior, told c ─► z      z, c ─► decoder ─► picture
 
 The quickest tour needs neither a download nor a GPU (a few minutes on two processor cores):
 
@@ -161,7 +161,8 @@ def read_captions(path, words):
         photograph["captions"] += [a["caption"] for a in coco.imgToAnns[image["id"]]]
     for name in photographs:  # a name from a file is a place below a folder, not a path to anywhere
         if not re.fullmatch(r"(\w[\w .()+-]*/)*\w[\w .()+-]*", name):
-            raise Stop(f"{path} names the photograph {name!r}, which is not a plain file name; nothing was fetched.")
+            raise Stop(f"{path} names the photograph {name!r}, which is not a plain file name; nothing "
+                       "was fetched.")
     pattern = word_pattern(words)
     chosen = [p for p in photographs.values() if any(pattern.search(caption) for caption in p["captions"])]
     if not chosen:
@@ -265,8 +266,8 @@ def prepare(args):
     if not args.coco:
         fetch_photographs(photographs, folder, args.mirror or COCO_URL)
     on_disk = [p for p in photographs if (folder / p["file_name"]).exists()]
-    print(f"{len(photographs)} photographs match {', '.join(words) or 'every word'}; {len(on_disk)} are in {folder}, "
-          f"{len(photographs) - len(on_disk)} are missing.")
+    print(f"{len(photographs)} photographs match {', '.join(words) or 'every word'}; {len(on_disk)} are in "
+          f"{folder}, {len(photographs) - len(on_disk)} are missing.")
     kept, images, embeddings = embed_photographs(model, [folder / p["file_name"] for p in on_disk], device)
     kept = [on_disk[i] for i in kept]
     # a photograph with fewer than five captions repeats them, one with more keeps the first five
@@ -573,8 +574,8 @@ def rows_of(data, part):
 def take(images, rows, device):
     """Pictures by number as floats in [0, 1], channels last (faster convolutions): (n, 3, S, S)."""
     batch = images[rows.to(images.device)]
-    if device.type == "cuda" and batch.device != device:  # page-locked, so that the copy runs beside the arithmetic
-        batch = batch.pin_memory()
+    if device.type == "cuda" and batch.device != device:
+        batch = batch.pin_memory()  # page-locked, so that the copy runs beside the arithmetic
     batch = batch.to(device, non_blocking=True)
     return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
 
@@ -604,7 +605,8 @@ def vae_part(vae, images, data, config, device, dtype):
     objective, rows = OBJECTIVES[config["objective"]], rows_of(data, TRAINING)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     with autocast():
-        example = take(images, rows[:config["batch"]], device), *draw_condition(data, rows[:config["batch"]], device)
+        some = rows[:config["batch"]]
+        example = take(images, some, device), *draw_condition(data, some, device)
         forward = compiled(vae, example, config["compile"])
 
     def loss(rows, step, total):
@@ -677,9 +679,9 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
     clock, drawn = SimpleNamespace(seconds=0.0, images=0), 0.0
 
     def save_last():
-        training = state | {"running": float(state["running"]), "done": state["step"] >= total, "network": network.state_dict(),
-                            "mean": mean.state_dict(), "optimizer": optimizer.state_dict(),
-                            "scaler": scaler.state_dict()}
+        training = state | {"running": float(state["running"]), "done": state["step"] >= total,
+                            "network": network.state_dict(), "mean": mean.state_dict(),
+                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         save_checkpoint(run / "last.pt", config, models, history, training)
 
     save_last()
@@ -750,8 +752,8 @@ def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interr
 
 
 DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "prior": "flow", "objective": "elbo", "dropout": 0.0,
-            "epochs": 30, "prior_epochs": 100, "batch": 16, "lr": 3e-3, "prior_lr": 1.5e-3, "prior_width": 256, "seed": 0,
-            "flip": True, "compile": True}
+            "epochs": 30, "prior_epochs": 100, "batch": 16, "lr": 3e-3, "prior_lr": 1.5e-3, "prior_width": 256,
+            "seed": 0, "flip": True, "compile": True}
 CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
 
 
@@ -777,7 +779,8 @@ def train(args):
     vae.condition.learn_statistics(data, rows_of(data, TRAINING))
     vae = vae.to(device, memory_format=torch.channels_last)
     print(f"{run}: {len(rows_of(data, TRAINING))} photographs of {config['size']} pixels, on {device.type} in "
-          f"{str(dtype).removeprefix('torch.')} ({why}); {sum(p.numel() for p in vae.parameters()):,} parameters in the VAE")
+          f"{str(dtype).removeprefix('torch.')} ({why}); the VAE has "
+          f"{sum(p.numel() for p in vae.parameters()):,} parameters")
     models = {"vae": vae, "prior": None}
     history = checkpoint["history"] if checkpoint else {"vae": [], "prior": []}
     saved = checkpoint["training"] if checkpoint else {"part": "vae"}
@@ -785,7 +788,7 @@ def train(args):
     if saved["part"] == "vae":
         part = vae_part(vae, images, data, config, device, dtype)
         fit(part, run, config, models, history, device, dtype, saved if checkpoint else None)
-        best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["vae"]  # of the epoch with the best validation
+        best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["vae"]  # of the best validation
     else:
         best = checkpoint["vae"]
     vae.load_state_dict(best)
@@ -1027,7 +1030,8 @@ def sample(args):
     if not args.prompts and not args.image:
         raise Stop('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
     if args.interpolate and (len(args.prompts) != 2 or args.image or args.show_steps):
-        raise Stop("--interpolate goes from one prompt to another: give exactly two, and no --image or --show-steps.")
+        raise Stop("--interpolate goes from one prompt to another: give exactly two, and no --image or "
+                   "--show-steps.")
     if args.rerank and (args.interpolate or args.show_steps or args.rerank < args.n):
         raise Stop("--rerank N draws N pictures and keeps the best -n of them: N must be at least as large, and "
                    "it doesn't go with --interpolate or --show-steps.")
@@ -1174,7 +1178,7 @@ def evaluate(args):
         own = torch.arange(len(texts), device=device).repeat_interleave(8)              # eight of each caption
         pictures = draw(texts[own])
         drawn = encode_images(clip_model, pictures)
-        likely = encode_images(clip_model, draw(data["caption_embeddings"][test, 0]))   # as many as test photographs
+        likely = encode_images(clip_model, draw(data["caption_embeddings"][test, 0]))   # one of each test caption
         distance, which = nearest(drawn, real_training)
         table[f"samples, guidance {guidance:g}"] = caption_match(drawn, texts, own) | {
             "diversity": sum(map(diversity, drawn.split(8))) / len(texts), "CMMD": cmmd(likely, real),
@@ -1238,14 +1242,17 @@ ANIMALS = {
 def draw_animal(draw, kind, x, y, width, facing, light):
     """Draw an animal that stands at (x, y), `width` pixels long, facing -1 (left) or 1 (right)."""
     colours, leg_top, shapes = ANIMALS[kind]
-    legs = [(1, leg - .04, leg_top, leg + .04, leg_top, leg + .035, 0, leg - .035, 0) for leg in (-.3, -.17, .17, .3)]
+    legs = [(1, leg - .04, leg_top, leg + .04, leg_top, leg + .035, 0, leg - .035, 0)
+            for leg in (-.3, -.17, .17, .3)]
     for colour, *numbers in legs + shapes:
         fill = tuple(int(value * factor) for value, factor in zip(colours[colour], light))
         if len(numbers) == 4:
-            cx, cy, rx, ry = x + facing * numbers[0] * width, y + numbers[1] * width, *(n * width for n in numbers[2:])
+            cx, cy, rx, ry = (number * width for number in numbers)
+            cx, cy = x + facing * cx, y + cy
             draw.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), fill=fill)
         else:
-            draw.polygon([(x + facing * px * width, y + py * width) for px, py in zip(numbers[::2], numbers[1::2])], fill=fill)
+            corners = zip(numbers[::2], numbers[1::2])
+            draw.polygon([(x + facing * px * width, y + py * width) for px, py in corners], fill=fill)
 
 
 def draw_pasture(scene, seed):
@@ -1286,8 +1293,8 @@ def draw_pasture(scene, seed):
             x, height = (place + variant) % 1 * SIZE, height * SIZE
             for part, colour in ((1, (106, 112, 132)), (0.3, (240, 243, 248))):  # rock, then a snowy top
                 foot = horizon - (1 - part) * height
-                draw.polygon([(x - 1.2 * part * height, foot), (x, horizon - height), (x + 1.2 * part * height, foot)],
-                             fill=shade(colour))
+                left, right = x - 1.2 * part * height, x + 1.2 * part * height
+                draw.polygon([(left, foot), (x, horizon - height), (right, foot)], fill=shade(colour))
     else:
         for layer, factor in ((0.09, 0.72), (0.04, 0.84)):
             phase = 6.3 * (variant + 5 * layer)
@@ -1496,7 +1503,7 @@ def decode(path, box):
     try:
         with Image.open(path) as photograph:
             if photograph.width * photograph.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses at twice that
-                raise ValueError(f"{photograph.width} x {photograph.height} pixels: it could be a decompression bomb")
+                raise ValueError(f"{photograph.width} x {photograph.height} pixels: a decompression bomb?")
             photograph.draft("RGB", (box, box))  # JPEG can decode straight to 1/2, 1/4, 1/8: much faster
             photograph.load()
             if photograph.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
@@ -1707,9 +1714,9 @@ def open_run(args):
     if not args.resume:
         if args.run and (Path(args.run) / "last.pt").exists():
             raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
-        ignored = [f"--{name.replace('_', '-')}" for name in ("prior_epochs", "prior_lr", "prior_width") if name in given]
-        if given.get("prior") == "normal" and ignored:
-            raise Stop(f"{ignored[0]} says how to train a flow, and --prior normal wants none.")
+        for name in ("prior_epochs", "prior_lr", "prior_width"):
+            if name in given and given.get("prior") == "normal":
+                raise Stop(f"--{name.replace('_', '-')} says how to train a flow, and --prior normal wants none.")
         return Path(args.run) if args.run else None, DEFAULTS | given, None
     run = Path(args.run or newest_run("last.pt"))
     checkpoint = load(run / "last.pt", "checkpoint", CHECKPOINT_VERSION)
@@ -1720,8 +1727,8 @@ def open_run(args):
             raise Stop(f"{run} was started with {option} {config[name]}, and that can't change on the way. "
                        "Leave the option out, or start a new run.")
         if name == "epochs" and value != config[name] and training["part"] == "prior":
-            raise Stop(f"The prior of {run} has begun to learn this VAE's codes, so the VAE can't be trained longer. "
-                       "Train the prior longer (--prior-epochs), or start a new run.")
+            raise Stop(f"The prior of {run} has begun to learn this VAE's codes, so the VAE can't be trained "
+                       "longer. Train the prior longer (--prior-epochs), or start a new run.")
         if name in ("epochs", "prior_epochs") and value < config[name]:
             raise Stop(f"{run} is set to {config[name]} epochs; {option} can only make it longer.")
     longer = config["prior"] == "flow" and given.get("prior_epochs", 0) > config["prior_epochs"]
@@ -1758,11 +1765,12 @@ def is_finished(config, training):
 def must_be_sane(loss, part, run="The run", ignorance=math.inf):
     """Stop a training whose loss is no number any more, or is worse than that of knowing nothing."""
     if not math.isfinite(loss):
-        raise Stop(f"The loss became NaN. {run} keeps its last good checkpoint; start anew with a lower rate, such as "
-                   f"{part.option} {part.rate / 2:g}.")
+        raise Stop(f"The loss became NaN. {run} keeps its last good checkpoint; start anew with a lower rate, "
+                   f"such as {part.option} {part.rate / 2:g}.")
     if loss > ignorance:
-        raise Stop(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {ignorance:.3g}. Start anew "
-                   f"with a lower rate, such as {part.option} {part.rate / 3:.1g}. {run} keeps its best checkpoint.")
+        raise Stop(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {ignorance:.3g}. Start "
+                   f"anew with a lower rate, such as {part.option} {part.rate / 3:.1g}. {run} keeps its best "
+                   "checkpoint.")
 
 
 def checkpoint_path(name):
@@ -1786,7 +1794,8 @@ def load_models(path, device):
 
 def flow_options(args, models):
     """--guidance and --steps, which are refused where there is no flow to guide."""
-    if not models["prior"] and (args.guidance is not None or args.steps is not None or getattr(args, "show_steps", False)):
+    given = args.guidance is not None or args.steps is not None or getattr(args, "show_steps", False)
+    if given and not models["prior"]:
         raise Stop("--guidance, --steps and --show-steps are for a learned prior, and this model has none.")
     return GUIDANCE if args.guidance is None else args.guidance, args.steps or STEPS
 
@@ -1927,8 +1936,8 @@ def save_prior_picture(path, models, images, data, device):
     if flow:
         text = data["caption_embeddings"][rows, 0]
         kind = torch.full((len(rows),), CAPTION, device=device)
-        clouds["draws from the flow"] = torch.cat([
-            draw_codes(flow, n, c, k, 1, STEPS)[-1] for n, c, k in zip(noise.split(64), text.split(64), kind.split(64))])
+        batches = zip(noise.split(64), text.split(64), kind.split(64))
+        clouds["draws from the flow"] = torch.cat([draw_codes(flow, *batch, 1, STEPS)[-1] for batch in batches])
     flat = {name: cloud.flatten(1).float().cpu() for name, cloud in clouds.items()}
     codes = flat["codes of photographs"]
     _, _, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)     # principal directions
@@ -2092,7 +2101,8 @@ def parse_arguments(argv=None):
     option("--latents", "a grid of codes, or one vector as in the report", choices=["grid", "flat"])
     option("--prior", "learn p(z | c), or draw from N(0, I) as the report did", choices=["flow", "normal"])
     option("--objective", "the ELBO, or the report's loss", choices=OBJECTIVES)
-    option("--dropout", "dropout on z; 0.3 if no P is given", nargs="?", type=between(float, 0, 0.9), const=0.3, metavar="P")
+    option("--dropout", "dropout on z; 0.3 if no P is given", nargs="?", type=between(float, 0, 0.9), const=0.3,
+           metavar="P")
     option("--epochs", "of the VAE", type=epochs)
     option("--prior-epochs", "of the prior", type=epochs)
     option("--prior-width", "width of the prior's transformer", type=int, choices=[64, 128, 192, 256, 384, 512])
@@ -2101,9 +2111,11 @@ def parse_arguments(argv=None):
     option("--prior-lr", "peak learning rate of the prior", type=between(float, 1e-7, 1))
     option("--seed", "of all randomness", type=seed)
     option("--data", "data file to read", metavar="FILE")
-    option("--flip", "mirror half of the pictures; off where captions say left and right", action=argparse.BooleanOptionalAction)
+    option("--flip", "mirror half of the pictures; off where captions say left and right",
+           action=argparse.BooleanOptionalAction)
     option("--compile", "torch.compile on CUDA", action=argparse.BooleanOptionalAction)
-    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"], help="default: what the device does best")
+    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"],
+                   help="default: what the device does best")
     p.add_argument("--run", metavar="DIR", help="run folder (default: a new one in runs/)")
     p.add_argument("--resume", action="store_true",
                    help="go on with --run (default: the newest). More --epochs or --prior-epochs make it longer: the "
@@ -2116,7 +2128,8 @@ def parse_arguments(argv=None):
     p.add_argument("--seed", type=seed, default=0, help="same seed, same pictures (default: 0)")
     p.add_argument("--guidance", type=between(float, 0, 20),
                    help=f"more than 1: surer, less varied (default: {GUIDANCE:g})")
-    p.add_argument("--temperature", type=between(float, 0, 2), default=1.0, help="scales the starting noise (default: 1)")
+    p.add_argument("--temperature", type=between(float, 0, 2), default=1.0,
+                   help="scales the starting noise (default: 1)")
     p.add_argument("--steps", type=between(int, 1, 1000), help=f"of the flow (default: {STEPS})")
     p.add_argument("--rerank", type=between(int, 1, 4096), default=0, metavar="N",
                    help="draw N per prompt and keep those that CLIP likes best")
@@ -2153,8 +2166,9 @@ def main(argv=None):
             raise
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            message = "The GPU ran out of memory; " + (
-                f"try --batch {max(1, (args.batch or DEFAULTS['batch']) // 2)}." if "batch" in args else "try a smaller -n.")
+            message = "The GPU ran out of memory; try a smaller -n."
+            if "batch" in args:
+                message = f"The GPU ran out of memory; try --batch {max(1, (args.batch or DEFAULTS['batch']) // 2)}."
         elif isinstance(error, KeyboardInterrupt):
             message = message or "Interrupted. What was finished is kept; the same command goes on from there."
         sys.exit(f"\n{message}")

@@ -2094,7 +2094,7 @@ class KindJudge(nn.Module):
             return nn.Sequential(nn.Conv2d(above, width, kernel, stride, (kernel - 1) // 2, bias=False), nn.BatchNorm2d(width))
 
         self.stem = nn.Sequential(conv(3, 32, 2, 4), nn.ReLU())
-        self.blocks = nn.ModuleList(nn.ModuleList([conv(a, b, stride), conv(b, b, 1), conv(a, b, stride, 1)])
+        self.blocks = nn.ModuleList(nn.ModuleList([conv(a, b, stride), conv(b, b, 1), nn.Conv2d(a, b, 1, stride, bias=False) if a != b else nn.Identity()])
                                     for a, b, stride in ((32, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1), (96, 192, 2)))
         self.kinds = nn.Linear(192, 16)
 
