@@ -321,7 +321,10 @@ class Condition(nn.Module):
 
 
 def draw_condition(data, rows, device):
-    """For photographs (n,) of the data: embeddings (n, D) and kinds (n,), more of them captions' than not."""
+    """For photographs (n,) of the data: embeddings (n, D) and kinds (n,).
+
+    Seven of ten are a caption's, because prompts are what the model will be asked most.
+    """
     kind = torch.where(torch.rand(len(rows), device=device) < 0.7, CAPTION, PICTURE)
     which = torch.randint(CAPTIONS, (len(rows),), device=device)  # another caption at every visit
     captions, pictures = data["caption_embeddings"][rows, which], data["image_embeddings"][rows]
@@ -873,7 +876,8 @@ class Flow(nn.Module):
         for layer in (self.steer, self.to_velocity):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        # where the codes lie: the flow works on codes of mean 0 and variance 1 in each channel
+        # where the codes lie: the flow works on codes of mean 0 and variance 1 in each channel, the noise's own
+        # size, so that the middle of the way is a fair mixture of the two
         self.register_buffer("center", torch.zeros(channels, 1, 1))
         self.register_buffer("scale", torch.ones(channels, 1, 1))
 
@@ -1086,7 +1090,8 @@ def sample(args):
 #     do they look like photographs?       CMMD, a distance between two sets of embeddings
 #     are they copies?                     how far it is from a sample to the nearest training picture
 #
-# Figures that CLIP gives need a yardstick, so real photographs answer the same questions beside them.
+# Figures that CLIP gives need a yardstick, so real photographs answer the same questions beside them. And CLIP
+# is a kind judge here: the model was trained to please its embeddings. Look at the pictures, too.
 
 
 def diversity(embeddings):
