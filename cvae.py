@@ -1180,13 +1180,13 @@ def evaluate(args):
             return generate(models, texts, CAPTION, noise, guidance, steps)
 
         torch.manual_seed(args.seed)
-        own = torch.arange(len(texts), device=device).repeat_interleave(8)              # eight of each caption
+        own = torch.arange(len(texts), device=device).repeat_interleave(4)              # four of each caption
         pictures = draw(texts[own])
         drawn = encode_images(clip_model, pictures)
         likely = encode_images(clip_model, draw(data["caption_embeddings"][test, 0]))   # one of each test caption
         distance, which = nearest(drawn, real_training)
         table[f"samples, guidance {guidance:g}"] = caption_match(drawn, texts, own) | {
-            "diversity": sum(map(diversity, drawn.split(8))) / len(texts), "CMMD": cmmd(likely, real),
+            "diversity": sum(map(diversity, drawn.split(4))) / len(texts), "CMMD": cmmd(likely, real),
             "nearest": distance.median().item()}
 
     print(f"{path}, {len(test)} test photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats, "
@@ -2155,8 +2155,8 @@ def parse_arguments(argv=None):
     p.add_argument("--clip", help="the run's CLIP, if its file has moved")
 
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
-    p.add_argument("--epochs", type=epochs, default=6, help="of the VAE; fewer is quicker and worse (default: 6)")
-    p.add_argument("--prior-epochs", type=epochs, default=12, help="of the prior (default: 12)")
+    p.add_argument("--epochs", type=epochs, default=4, help="of the VAE; fewer is quicker and worse (default: 4)")
+    p.add_argument("--prior-epochs", type=epochs, default=26, help="of the prior (default: 26)")
     p.add_argument("--compare", action="store_true", help="also train a flat code, and draw all four combinations")
     return parser.parse_args(argv)
 
