@@ -1136,7 +1136,8 @@ def train_killed(world, run, kills, seed):
             except subprocess.TimeoutExpired:
                 process.kill()
         said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
+    # a process may have finished before its kill; then there is nothing left to do
+    assert process.returncode == 0 or "nothing left to do" in said, said
 
 
 def test_killed_at_random_moments_and_resumed(world, here):
