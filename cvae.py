@@ -674,7 +674,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
     models[part.name] = mean = deepcopy(network).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = {"part": part.name, "step": 0, "running": 0.0, "best": math.inf}
+    state = {"part": part.name, "step": 0, "running": 0.0, "best": math.inf, "done": False}
     if saved:
         for name, thing in (("network", network), ("mean", mean), ("optimizer", optimizer), ("scaler", scaler)):
             thing.load_state_dict(saved[name])
@@ -682,7 +682,8 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
     clock, drawn = SimpleNamespace(seconds=0.0, images=0), 0.0
 
     def save_last():
-        training = state | {"running": float(state["running"]), "done": state["step"] >= total,
+        state["done"] = state["step"] >= total
+        training = state | {"running": float(state["running"]),
                             "network": network.state_dict(), "mean": mean.state_dict(),
                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         save_checkpoint(run / "last.pt", config, models, history, training)
@@ -710,7 +711,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
                     part.draw(run / "epoch.png", mean)
                     drawn = time.monotonic()
             save_last()
-            if interrupted and not is_finished(config, state | {"done": state["step"] >= total}):
+            if interrupted and not is_finished(config, state):
                 raise KeyboardInterrupt(f"Stopped at step {state['step']} of {total}, nothing is lost. Go on with: "
                                         f"python cvae.py train --resume --run {run}")
     if clock.images:

@@ -1064,6 +1064,7 @@ def test_training_writes_its_pictures_and_its_figures(run_folder, world):
             assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(10**6)) > 50
     history = torch.load(run_folder / "last.pt", weights_only=True)["history"]
     assert len(history["vae"]) == len(history["prior"]) == 2
+    assert history["vae"][1]["train_loss"] < history["vae"][0]["train_loss"]
     assert set(history["vae"][0]) == {"train_loss", "loss", "bpd", "kl", "psnr"}
     best = torch.load(run_folder / "best.pt", weights_only=True)["history"]
     for part in ("vae", "prior"):
