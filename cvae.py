@@ -36,7 +36,7 @@ Contents (each `# %%` is a notebook cell in VS Code, Spyder and Jupyter)
     6. The prior       why N(0, I) draws fog; flow matching; guidance
     7. Sampling        from text, from an image, in between
     8. Evaluation      on pictures that nothing was chosen on
-    Appendices         A. a toy world   B. files and downloads   C. the command line
+    Appendices         A. a toy world   B. devices, files, downloads   C. the command line
 
 Sections 1 to 8 are the lesson. What they call from the appendices does what its name says.
 
@@ -251,8 +251,6 @@ def prepare(args):
     computed once. Whole photographs go into a part of the data, with all their captions, so that no
     caption of a training picture is ever used to judge.
     """
-    if args.theme and args.words or args.coco and args.mirror:
-        raise Stop("Give --theme or --words, not both; and --coco (nothing is fetched) or --mirror, not both.")
     words = args.words or THEMES[args.theme or "bucolic"]
     must_be_writable(Path(args.data).parent, Path(args.data))
     device = choose_device(args.device)
@@ -294,7 +292,7 @@ PICTURE, CAPTION, NOTHING = 0, 1, 2  # kinds of condition; NOTHING teaches the p
 
 
 class Condition(nn.Module):
-    """An embedding as the networks want it: (N, D) and its kind (N,) -> (N, width).
+    """An embedding as the networks want it: (N, D) and its kind (one number, or (N,)) -> (N, width).
 
     Embeddings crowd into a narrow cone. Standardised, each kind by its own mean and deviation, their
     differences are what a network sees. A learned vector adds what kind it is.
@@ -315,6 +313,7 @@ class Condition(nn.Module):
             self.mean[kind], self.std[kind] = some.mean(0), some.std(0) + 1e-6
 
     def forward(self, embedding, kind):
+        kind = torch.as_tensor(kind, device=embedding.device).expand(len(embedding))
         row = kind.clamp(max=CAPTION)
         known = self.project((embedding - self.mean[row]) / self.std[row])              # (N, width)
         return torch.where(kind[:, None] == NOTHING, 0.0, known) + self.kind(kind)
@@ -530,45 +529,6 @@ CHECKPOINT_VERSION = 3
 WARM_UP = 50  # steps: the learning rate rises over these, and throughput is measured after them
 
 
-def choose_device(wish=None):
-    """The device that was wished for, or the fastest that PyTorch sees."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [name for name in there if there[name]]
-    if wish and wish not in available:
-        raise Stop(f"PyTorch sees no {wish} device here; --device takes one of: {', '.join(available)}.")
-    return torch.device(wish or available[0])
-
-
-def cpu_has_bfloat16():
-    """Whether this processor, as PyTorch is told to use it, has instructions for bfloat16."""
-    capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return capable and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-def cpu_autocast():
-    """For CLIP on a processor. On CUDA, CLIP's weights are in half precision anyway."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16())
-
-
-def choose_precision(device, wish=None):
-    """The number format of convolutions and matrix products, and why: a torch.dtype and a few words.
-
-    bfloat16 has float32's range and needs no care. float16 is what an older card (Colab's T4) computes
-    fast; its range is small, so fit scales the loss. Losses and normalisations stay in float32.
-    """
-    possible = [torch.float32]
-    if device.type == "cuda":  # a T4 only emulates bfloat16, slowly: ask for the real thing
-        real = torch.cuda.is_bf16_supported(including_emulation=False)
-        possible = [torch.bfloat16, torch.float16, torch.float32] if real else [torch.float16, torch.float32]
-    elif device.type == "cpu":
-        slow = [torch.float32, torch.bfloat16, torch.float16]
-        possible = [torch.bfloat16, torch.float32, torch.float16] if cpu_has_bfloat16() else slow
-    if wish and getattr(torch, wish) not in possible:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in possible)
-        raise Stop(f"This {device.type} device can't compute in {wish}; --precision takes one of: {names}.")
-    return (getattr(torch, wish), "as asked") if wish else (possible[0], "the fastest that it computes well")
-
-
 def rows_of(data, part):
     """The numbers of the photographs in one part of the data: (n,)."""
     return (data["part"] == part).nonzero()[:, 0]
@@ -606,8 +566,7 @@ def follow(mean, network, step):
 def vae_part(vae, images, data, config, device, dtype):
     """What fit needs to train the VAE."""
     objective, rows = OBJECTIVES[config["objective"]], rows_of(data, TRAINING)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    with autocast():
+    with autocast(device, dtype):
         some = rows[:config["batch"]]
         example = take(images, some, device), *draw_condition(data, some, device)
         forward = compiled(vae, example, config["compile"])
@@ -616,7 +575,7 @@ def vae_part(vae, images, data, config, device, dtype):
         x = take(images, rows, device)                                                  # (n, 3, S, S)
         if config["flip"]:  # a mirrored photograph is another photograph
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-        with autocast():
+        with autocast(device, dtype):
             picture, kl = forward(x, *draw_condition(data, rows, device))
         mse = F.mse_loss(picture.detach(), x) + QUANTISATION
         vae.variance.lerp_(mse, max(0.01, 1 / (step + 1)))
@@ -628,8 +587,8 @@ def vae_part(vae, images, data, config, device, dtype):
 
     def draw(path, mean):
         some = rows_of(data, VALIDATION)[:8]
-        x, kind = take(images, some, device), torch.full((len(some),), PICTURE, device=device)
-        save_grid(path, [x, mean(x, data["image_embeddings"][some], kind)[0]],
+        x = take(images, some, device)
+        save_grid(path, [x, mean(x, data["image_embeddings"][some], PICTURE)[0]],
                   ["photographs kept for validation", "their reconstructions"])
 
     x = take(images, rows[:512], device)
@@ -647,18 +606,15 @@ def measure_vae(vae, images, data, rows, device, objective=elbo_loss):
     """
     vae.eval()
     torch.manual_seed(0)  # the same noise at every call
-    squares, kl, loss = 0.0, 0.0, 0.0
+    total = torch.zeros(4, device=device)
     for some in rows.split(64):
-        x, kind = take(images, some, device), torch.full((len(some),), PICTURE, device=device)
-        picture, kls = vae(x, data["image_embeddings"][some], kind)
-        squares += (picture - x).square().sum().item()
-        kl += kls.sum().item() / len(rows)
-        loss += objective(picture, x, kls, variance=vae.variance).item() * len(some) / len(rows)
-    dimensions = images[0].numel()
-    mse = torch.tensor(squares / (len(rows) * dimensions))
-    nats = gaussian_nll(mse + QUANTISATION, dimensions, vae.variance.cpu()) + kl
-    return {"loss": loss, "bpd": bits_per_dimension(nats, dimensions).item(), "kl": kl,
-            "psnr": -10 * torch.log10(mse).item()}
+        x = take(images, some, device)
+        picture, kl = vae(x, data["image_embeddings"][some], PICTURE)
+        total += len(x) / len(rows) * torch.stack([
+            objective(picture, x, kl, variance=vae.variance), elbo_loss(picture, x, kl, variance=vae.variance),
+            kl.mean(), F.mse_loss(picture, x)])
+    loss, bpd, kl, mse = total.tolist()
+    return {"loss": loss, "bpd": bpd, "kl": kl, "psnr": -10 * math.log10(mse)}
 
 
 def fit(part, run, config, models, history, device, dtype, saved=None):
@@ -706,7 +662,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
                     save_checkpoint(run / "best.pt", config, models, history)
                 print(f"{part.name}, epoch {epoch}/{part.epochs}: training loss {mean_loss:.3f}, validation "
                       + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-                if time.monotonic() - drawn > 60 or epoch == part.epochs:  # pictures take a second or two
+                if time.monotonic() - drawn > 120 or epoch == part.epochs:  # pictures take a second or two
                     save_curves(run / "loss.png", history)
                     part.draw(run / "epoch.png", mean)
                     drawn = time.monotonic()
@@ -769,13 +725,9 @@ def train(args):
     device = choose_device(args.device)
     dtype, why = choose_precision(device, args.precision)
     run, config, checkpoint = open_run(args)
-    data = load_data(config["data"], device)
-    facts = {"condition_dim": data["image_embeddings"].shape[-1], "clip": data["clip"],
-             "clip_fingerprint": data["clip_fingerprint"], "fingerprint": data["fingerprint"]}
-    if checkpoint and data["fingerprint"] != config["fingerprint"]:
-        raise Stop(f"{config['data']} is not the data that {run} was trained on (other photographs or another "
-                   "CLIP); a run can't change its data on the way. If the file has moved, name it with --data.")
-    config |= facts
+    data = load_data(config["data"], device, config.get("fingerprint"))
+    config |= {"condition_dim": data["image_embeddings"].shape[-1]}
+    config |= {name: data[name] for name in ("clip", "clip_fingerprint", "fingerprint")}
     images = to_device(pool_images(data["images"], config["size"]), device)             # uint8 (N, 3, S, S)
     run = run if checkpoint else claim_run(run, config)
     torch.manual_seed(config["seed"])
@@ -844,7 +796,7 @@ class Block(nn.Module):
         self.steer = nn.Linear(width, 6 * width)
         self.to_qkv = nn.Linear(width, 3 * width)
         self.from_heads = nn.Linear(width, width)
-        self.dense = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.dense = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
         nn.init.zeros_(self.steer.weight)
         nn.init.zeros_(self.steer.bias)
 
@@ -919,10 +871,10 @@ def encode_photographs(vae, images, data, rows, device, flip=False):
     mu = torch.empty(len(rows), 2 if flip else 1, *vae.shape, device=device)
     sigma = torch.empty_like(mu)
     for place in tqdm(torch.arange(len(rows), device=device).split(64), desc="encoding photographs", leave=False):
-        x, kind = take(images, rows[place], device), torch.full((len(place),), PICTURE, device=device)
+        x = take(images, rows[place], device)
         for version in range(mu.shape[1]):
             seen = x.flip(3) if version else x
-            mu[place, version], logvar = vae.encode(seen, data["image_embeddings"][rows[place]], kind)
+            mu[place, version], logvar = vae.encode(seen, data["image_embeddings"][rows[place]], PICTURE)
             sigma[place, version] = torch.exp(0.5 * logvar)
     return mu, sigma
 
@@ -940,19 +892,18 @@ def prior_part(vae, images, data, config, device, dtype, models):
     variance = mu[rows].var((0, 1, 3, 4)) + (sigma[rows] ** 2).mean((0, 1, 3, 4))
     flow.scale.copy_(variance.sqrt()[:, None, None])
     flow = flow.to(device)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     def draw_code(rows):  # anew at every visit: the prior learns where q puts a picture, not one point of it
         version = torch.randint(mu.shape[1], (len(rows),), device=device)  # mirrored or not
         m = mu[rows, version]                                                           # (n, C, s, s)
         return (m + sigma[rows, version] * torch.randn_like(m) - flow.center) / flow.scale
 
-    with autocast():
+    with autocast(device, dtype):
         example = draw_code(rows[:64]), torch.rand(len(rows[:64]), device=device)
         forward = compiled(flow, (*example, *draw_condition(data, rows[:64], device)), config["compile"])
 
     def loss(rows, step, total):
-        with autocast():
+        with autocast(device, dtype):
             return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device))
 
     @torch.no_grad()
@@ -960,8 +911,7 @@ def prior_part(vae, images, data, config, device, dtype, models):
         torch.manual_seed(0)
         losses = []
         for some in rows_of(data, VALIDATION).repeat(2).split(256):  # two noises for each
-            kind = torch.full((len(some),), CAPTION, device=device)
-            losses.append(flow_loss(mean, draw_code(some), data["caption_embeddings"][some, 0], kind, drop=0.0))
+            losses.append(flow_loss(mean, draw_code(some), data["caption_embeddings"][some, 0], CAPTION, drop=0.0))
         return {"loss": torch.stack(losses).mean().item()}
 
     def draw(path, mean):
@@ -975,7 +925,7 @@ def prior_part(vae, images, data, config, device, dtype, models):
         save_grid(path, pictures, labels)
 
     # a network that always guesses zero pays the mean of (e - z)², which is 1 + 1
-    return SimpleNamespace(name="prior", network=flow, rows=rows, batch=64, epochs=config["prior_epochs"],
+    return SimpleNamespace(name="prior", network=flow, rows=rows, batch=2 * config["batch"], epochs=config["prior_epochs"],
                            rate=config["prior_lr"], option="--prior-lr", loss=loss, examine=examine, draw=draw,
                            ignorance=2.0)
 
@@ -989,12 +939,11 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
     apart, surer and less varied.
     """
     z, way = noise, [noise]
-    nothing = torch.full_like(kind, NOTHING)
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     for t, t_next in zip(times[:-1], times[1:]):  # Euler's method: small straight steps
         velocity = flow(z, t.expand(len(z)), embedding, kind)
         if guidance != 1:
-            without = flow(z, t.expand(len(z)), embedding, nothing)
+            without = flow(z, t.expand(len(z)), embedding, NOTHING)
             velocity = without + guidance * (velocity - without)
         z = z + (t_next - t) * velocity
         way.append(z)
@@ -1014,10 +963,9 @@ def generate(models, embedding, kind, noise, guidance=GUIDANCE, steps=STEPS):
     """Draw pictures: embeddings (N, D) of one kind, noise (N, C, s, s) -> (N, 3, S, S) in [0, 1]."""
     pictures = []
     for c, z in zip(embedding.split(64), noise.split(64)):  # few enough at a time for any memory
-        kinds = torch.full((len(c),), kind, device=c.device)
         if models["prior"]:
-            z = draw_codes(models["prior"], z, c, kinds, guidance, steps)[-1]
-        pictures.append(models["vae"].decode(z, c, kinds))
+            z = draw_codes(models["prior"], z, c, kind, guidance, steps)[-1]
+        pictures.append(models["vae"].decode(z, c, kind))
     return torch.cat(pictures)
 
 
@@ -1032,14 +980,6 @@ def slerp(a, b, steps):
 @torch.no_grad()
 def sample(args):
     """Draw pictures for prompts (or from a photograph, or between two prompts); write a captioned grid."""
-    if not args.prompts and not args.image:
-        raise Stop('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
-    if args.interpolate and (len(args.prompts) != 2 or args.image or args.show_steps):
-        raise Stop("--interpolate goes from one prompt to another: give exactly two, and no --image or "
-                   "--show-steps.")
-    if args.rerank and (args.interpolate or args.show_steps or args.rerank < args.n):
-        raise Stop("--rerank N draws N pictures and keeps the best -n of them: N must be at least as large, and "
-                   "it doesn't go with --interpolate or --show-steps.")
     device = choose_device(args.device)
     models, config = load_models(checkpoint_path(args.checkpoint), device)
     guidance, steps = flow_options(args, models)
@@ -1060,7 +1000,6 @@ def sample(args):
         wishes = [(f"{start} → {end}", None, None)]
     elif args.show_steps:
         for _, target, kind in wishes:
-            kind = torch.tensor([kind], device=device)
             way = draw_codes(models["prior"], noise(1), target, kind, guidance, steps)
             shown = torch.linspace(0, steps, args.n).round().long().tolist()
             rows.append(torch.cat([models["vae"].decode(way[step], target, kind) for step in shown]))
@@ -1095,10 +1034,19 @@ def sample(args):
 # is a kind judge here: the model was trained to please its embeddings. Look at the pictures, too.
 
 
-def diversity(embeddings):
-    """Mean cosine distance over all pairs of unit vectors (N, D)."""
-    n = len(embeddings)
-    return ((1 - embeddings @ embeddings.T).sum() / (n * (n - 1))).item()
+def caption_match(images, own, texts):
+    """CLIP score (100 · cosine) and R-precision of embedded pictures (N, D) whose captions are texts[own]."""
+    cosines = images @ texts.T                                                          # (N, captions)
+    score = 100 * cosines.gather(1, own[:, None]).mean().item()
+    return {"CLIP score": score, "R-precision": (cosines.argmax(1) == own).float().mean().item()}
+
+
+def diversity(images, own):
+    """Mean cosine distance of embedded pictures (N, D) that share a caption; of all, where no two do."""
+    same = (own[:, None] == own).fill_diagonal_(False)                                  # (N, N)
+    if not same.any():
+        same = torch.ones_like(same).fill_diagonal_(False)
+    return (1 - images @ images.T)[same].mean().item()
 
 
 def cmmd(a, b):
@@ -1113,41 +1061,16 @@ def cmmd(a, b):
     return 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)).item()
 
 
-def caption_match(images, texts, own):
-    """CLIP score (100 · cosine) and R-precision of embedded pictures (N, D) whose caption is texts[own]."""
-    cosines = images @ texts.T                                                          # (N, captions)
-    score = 100 * cosines.gather(1, own[:, None]).mean().item()
-    return {"CLIP score": score, "R-precision": (cosines.argmax(1) == own).float().mean().item()}
-
-
-def nearest(embeddings, others):
+def nearest(images, others):
     """Distance from each unit vector (N, D) to the nearest of others (M, D), and which it is: (N,), (N,)."""
-    cosine, which = torch.cat([some @ others.T for some in embeddings.split(256)]).max(1)
+    cosine, which = torch.cat([some @ others.T for some in images.split(256)]).max(1)
     return 1 - cosine, which
 
 
-def hundred_captions(data):
-    """A hundred different captions of test photographs, or as many as there are: {caption: row}."""
-    chosen = {}
-    for k in range(CAPTIONS):  # everyone's first caption, then, if those are too few, their second, ...
-        for row in rows_of(data, TEST).tolist():
-            if len(chosen) < 100:
-                chosen.setdefault(data["captions"][row][k], row)
-    return chosen
-
-
-def judge_photographs(data, test, texts, rows, real, real_training):
-    """What real test photographs get for the questions that samples are asked."""
-    own = torch.arange(len(texts), device=texts.device)
-    position = {row: number for number, row in enumerate(test.tolist())}
-    figures = caption_match(real[[position[row] for row in rows]], texts, own)
-    first = [data["captions"][row][0] for row in test.tolist()]
-    same = torch.tensor([[a == b for b in first] for a in first], device=real.device).fill_diagonal_(False)
-    distances = 1 - real @ real.T
-    figures["diversity"] = distances[same].mean().item() if same.any() else diversity(real)
-    figures["CMMD"] = cmmd(real_training[:len(real)], real)  # what a perfect model would get
-    figures["nearest"] = nearest(real, real_training)[0].median().item()
-    return figures
+def answer_questions(images, own, texts, reference, training):
+    """All four questions about embedded pictures (N, D) whose captions are texts[own]: a dict of figures."""
+    return caption_match(images, own, texts) | {"diversity": diversity(images, own), "CMMD": cmmd(images, reference),
+                                                "nearest": nearest(images, training)[0].median().item()}
 
 
 @torch.no_grad()
@@ -1160,35 +1083,31 @@ def evaluate(args):
     path = checkpoint_path(args.checkpoint)
     models, config = load_models(path, device)
     chosen_guidance, steps = flow_options(args, models)
-    data = load_data(args.data or config["data"], device)
-    if data["fingerprint"] != config["fingerprint"]:
-        raise Stop(f"{args.data or config['data']} is not the data that {path} was trained on.")
+    data = load_data(args.data or config["data"], device, config["fingerprint"])
     clip_model = load_clip_of(config, device, args.clip)
     images = pool_images(data["images"], config["size"])                                # uint8 (N, 3, S, S)
     test, training = rows_of(data, TEST), rows_of(data, TRAINING)
     storage = measure_vae(models["vae"], images, data, test, device)
+
     # photographs are judged at the model's own size, or their sharpness would be what sets them apart
     real = encode_images(clip_model, take(images, test, device))                        # (M, D)
     real_training = torch.cat([encode_images(clip_model, take(images, rows, device)) for rows in
                                tqdm(training.split(256), desc="training photographs", leave=False)])
-    captions = hundred_captions(data)
-    texts = encode_texts(clip_model, list(captions))                                    # (100, D)
-    table = {"photographs": judge_photographs(data, test, texts, captions.values(), real, real_training)}
+    # a hundred different captions: everyone's first; where those are too few, also their second, ...
+    captions = list(dict.fromkeys(data["captions"][row][k] for k in range(CAPTIONS) for row in test.tolist()))[:100]
+    texts = encode_texts(clip_model, captions)                                          # (100, D)
+    asked = [(place, captions.index(data["captions"][row][0])) for place, row in enumerate(test.tolist())
+             if data["captions"][row][0] in captions]
+    place, own = torch.tensor(asked, device=device).T
+    table = {"photographs": answer_questions(real[place], own, texts, real_training, real_training)}
 
+    own = torch.arange(len(texts), device=device).repeat_interleave(4)                  # four of each caption
     for guidance in sorted({1.0, chosen_guidance}) if models["prior"] else [1.0]:
-        def draw(texts):
-            noise = torch.randn(len(texts), *models["vae"].shape, device=device)
-            return generate(models, texts, CAPTION, noise, guidance, steps)
-
         torch.manual_seed(args.seed)
-        own = torch.arange(len(texts), device=device).repeat_interleave(4)              # four of each caption
-        pictures = draw(texts[own])
+        noise = torch.randn(len(own), *models["vae"].shape, device=device)
+        pictures = generate(models, texts[own], CAPTION, noise, guidance, steps)
         drawn = encode_images(clip_model, pictures)
-        likely = encode_images(clip_model, draw(data["caption_embeddings"][test, 0]))   # one of each test caption
-        distance, which = nearest(drawn, real_training)
-        table[f"samples, guidance {guidance:g}"] = caption_match(drawn, texts, own) | {
-            "diversity": sum(map(diversity, drawn.split(4))) / len(texts), "CMMD": cmmd(likely, real),
-            "nearest": distance.median().item()}
+        table[f"samples, guidance {guidance:g}"] = answer_questions(drawn, own, texts, real, real_training)
 
     print(f"{path}, {len(test)} test photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats, "
           f"PSNR {storage['psnr']:.1f} dB")
@@ -1199,10 +1118,10 @@ def evaluate(args):
     with atomic(folder / "evaluation.json") as temporary:
         temporary.write_text(json.dumps({"checkpoint": str(path), **storage, "table": table}, indent=2))
     x = take(images, test[:8], device)
-    kind = torch.full((len(x),), PICTURE, device=device)
-    save_grid(folder / "reconstructions.png", [x, models["vae"](x, data["image_embeddings"][test[:8]], kind)[0]],
+    save_grid(folder / "reconstructions.png", [x, models["vae"](x, data["image_embeddings"][test[:8]], PICTURE)[0]],
               ["test photographs", "their reconstructions"])
-    suspects = distance.argsort()[:8]  # the samples most like a training picture, at the last guidance
+    distance, which = nearest(drawn, real_training)  # at the last guidance
+    suspects = distance.argsort()[:8]
     save_grid(folder / "nearest.png", [pictures[suspects], take(images, training[which[suspects]], device)],
               ["the eight samples that are nearest to a training picture", "and those training pictures"])
     print(f"Also in {folder}: evaluation.json, reconstructions.png, nearest.png")
@@ -1440,7 +1359,51 @@ def demo(args):
         print(f"{grid}/comparison.png")
 
 
-# %% Appendix B. Files and downloads ------------------------------------------------------------------
+# %% Appendix B. Devices, files, downloads ------------------------------------------------------------
+
+
+def choose_device(wish=None):
+    """The device that was wished for, or the fastest that PyTorch sees."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [name for name in there if there[name]]
+    if wish and wish not in available:
+        raise Stop(f"PyTorch sees no {wish} device here; --device takes one of: {', '.join(available)}.")
+    return torch.device(wish or available[0])
+
+
+def cpu_has_bfloat16():
+    """Whether this processor, as PyTorch is told to use it, has instructions for bfloat16."""
+    capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return capable and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def autocast(device, dtype):
+    """Within this context convolutions and matrix products compute in dtype."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def cpu_autocast():
+    """For CLIP on a processor. On CUDA, CLIP's weights are in half precision anyway."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16())
+
+
+def choose_precision(device, wish=None):
+    """The number format of convolutions and matrix products, and why: a torch.dtype and a few words.
+
+    bfloat16 has float32's range and needs no care. float16 is what an older card (Colab's T4) computes
+    fast; its range is small, so fit scales the loss. Losses and normalisations stay in float32.
+    """
+    possible = [torch.float32]
+    if device.type == "cuda":  # a T4 only emulates bfloat16, slowly: ask for the real thing
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        possible = [torch.bfloat16, torch.float16, torch.float32] if real else [torch.float16, torch.float32]
+    elif device.type == "cpu":
+        slow = [torch.float32, torch.bfloat16, torch.float16]
+        possible = [torch.bfloat16, torch.float32, torch.float16] if cpu_has_bfloat16() else slow
+    if wish and getattr(torch, wish) not in possible:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in possible)
+        raise Stop(f"This {device.type} device can't compute in {wish}; --precision takes one of: {names}.")
+    return (getattr(torch, wish), "as asked") if wish else (possible[0], "the fastest that it computes well")
 
 
 class Stop(Exception):
@@ -1654,11 +1617,17 @@ def load(path, kind, version):
     return content
 
 
-def load_data(path, device=torch.device("cpu")):
-    """The data file that `prepare` wrote. Pictures stay memory-mapped, embeddings go to the device."""
+def load_data(path, device=torch.device("cpu"), fingerprint=None):
+    """The data file that `prepare` wrote. Pictures stay memory-mapped, embeddings go to the device.
+
+    Raises Stop if it is not the data with this fingerprint, a trained run's.
+    """
     if not Path(path).exists():
         raise Stop(f"There is no data file at {path}; make one first: python cvae.py prepare")
     data = load(path, "data file", DATA_VERSION)
+    if fingerprint and data["fingerprint"] != fingerprint:
+        raise Stop(f"{path} is not the data that this run was trained on (other photographs or another CLIP); a "
+                   "run can't change its data on the way. If the file has moved, name it with --data.")
     return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "part")}
 
 
@@ -1720,9 +1689,6 @@ def open_run(args):
     if not args.resume:
         if args.run and (Path(args.run) / "last.pt").exists():
             raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
-        for name in ("prior_epochs", "prior_lr", "prior_width"):
-            if name in given and given.get("prior") == "normal":
-                raise Stop(f"--{name.replace('_', '-')} says how to train a flow, and --prior normal wants none.")
         return Path(args.run) if args.run else None, DEFAULTS | given, None
     run = Path(args.run or newest_run("last.pt"))
     checkpoint = load(run / "last.pt", "checkpoint", CHECKPOINT_VERSION)
@@ -1941,9 +1907,8 @@ def save_prior_picture(path, models, images, data, device):
     clouds = {"codes of photographs": mu + sigma * torch.randn_like(mu), "draws from N(0, I)": noise}
     if flow:
         text = data["caption_embeddings"][rows, 0]
-        kind = torch.full((len(rows),), CAPTION, device=device)
-        batches = zip(noise.split(64), text.split(64), kind.split(64))
-        clouds["draws from the flow"] = torch.cat([draw_codes(flow, *batch, 1, STEPS)[-1] for batch in batches])
+        clouds["draws from the flow"] = torch.cat([
+            draw_codes(flow, z, c, CAPTION, 1, STEPS)[-1] for z, c in zip(noise.split(64), text.split(64))])
     flat = {name: cloud.flatten(1).float().cpu() for name, cloud in clouds.items()}
     codes = flat["codes of photographs"]
     _, _, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)     # principal directions
@@ -2162,10 +2127,30 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
+def refuse_contradictions(args):
+    """Options that make no sense together are refused, rather than one of them ignored."""
+    given = {name for name, value in vars(args).items() if value}  # neither None nor zero, False, empty
+    if {"theme", "words"} <= given or {"coco", "mirror"} <= given:
+        raise Stop("Give --theme or --words, not both; and --coco (nothing is fetched) or --mirror, not both.")
+    if args.function is sample:
+        if not given & {"prompts", "image"}:
+            raise Stop('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
+        if args.interpolate and (len(args.prompts) != 2 or given & {"image", "show_steps"}):
+            raise Stop("--interpolate goes from one prompt to another: give exactly two, and no --image or "
+                       "--show-steps.")
+        if args.rerank and (given & {"interpolate", "show_steps"} or args.rerank < args.n):
+            raise Stop("--rerank N draws N pictures and keeps the best -n of them: N must be at least as large, "
+                       "and it doesn't go with --interpolate or --show-steps.")
+    if args.function is train and not args.resume and args.prior == "normal":
+        for name in given & {"prior_epochs", "prior_lr", "prior_width"}:
+            raise Stop(f"--{name.replace('_', '-')} says how to train a flow, and --prior normal wants none.")
+
+
 def main(argv=None):
     """Run one command; an expected failure becomes one sentence and exit status 1."""
     args = parse_arguments(argv)
     try:
+        refuse_contradictions(args)
         args.function(args)
     except (Stop, KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
         if args.debug:
