@@ -1012,6 +1012,8 @@ def test_following_the_flow_draws_from_the_right_distribution():
     way = cvae.draw_codes(Gauss(), noise, torch.full((4000, 1), 2.0), kind, guidance=1, steps=400)
     assert len(way) == 401 and torch.equal(way[0], noise)
     assert way[-1].mean().item() == pytest.approx(2.0, abs=0.03) and way[-1].std().item() == pytest.approx(0.3, abs=0.02)
+    few = cvae.draw_codes(Gauss(), noise, torch.full((4000, 1), 2.0), kind, guidance=1, steps=cvae.STEPS)[-1]
+    assert few.std().item() == pytest.approx(0.3, abs=0.015)  # straight steps lose a tenth of the spread
     # guidance g goes g times as far from what is drawn without a condition
     guided = cvae.draw_codes(Gauss(), noise, torch.full((4000, 1), 2.0), kind, guidance=3, steps=400)[-1]
     assert guided.mean().item() == pytest.approx(6.0, abs=0.1)
@@ -2239,7 +2241,7 @@ def test_time_and_memory_grow_in_proportion(here, capsys):
         print("\n" + json.dumps(figures, indent=2))
     small, large = counts[0], counts[-1]
     pixels = (large - small) * 3 * 128**2 / 1e9
-    for name, codes in (("prepare", 0), ("epoch", (large - small) * 4 * 8 * 16**2 * 4 / 1e9)):  # mu and sigma, mirrored and not
+    for name, codes in (("prepare", 0), ("epoch", (large - small) * 4 * cvae.CHANNELS * 16**2 * 4 / 1e9)):  # mu and sigma, mirrored and not
         a, b = figures[f"{name}, {small}"], figures[f"{name}, {large}"]
         assert b["GB"] - a["GB"] < 1.25 * (pixels + codes) + 0.2  # one copy of the pixels, and of the codes
         assert b["seconds"] < 1.3 * a["seconds"] * large / small
