@@ -1092,24 +1092,29 @@ def test_the_validation_figures_agree_with_a_plain_computation(run_folder, world
     assert figures["bpd"] == pytest.approx(nats / np.log(2) / d + 8, abs=1e-4) == figures["loss"]
 
 
-def interrupt_at(monkeypatch, part, call, action):
-    """Let `action` happen when a part of training computes its call-th loss."""
-    name = {"vae": "vae_part", "prior": "prior_part"}[part]
-    make, calls = getattr(cvae, name), itertools.count(1)
+def change_loss(monkeypatch, part, change):
+    """Put change(number of the call, network, loss) in the place of a part's loss; loss() is what it would have been."""
+    name, calls = f"{part}_part", itertools.count(1)
+    make = getattr(cvae, name)
 
-    def interrupted(*args):
+    def make_changed(*args):
         made = make(*args)
         loss = made.loss
-
-        def loss_and_action(*args):
-            if next(calls) == call:
-                action()
-            return loss(*args)
-
-        made.loss = loss_and_action
+        made.loss = lambda *args: change(next(calls), made.network, lambda: loss(*args))
         return made
 
-    monkeypatch.setattr(cvae, name, interrupted)
+    monkeypatch.setattr(cvae, name, make_changed)
+
+
+def interrupt_at(monkeypatch, part, call, action):
+    """Let `action` happen when a part of training computes its call-th loss."""
+
+    def loss_and_action(number, network, loss):
+        if number == call:
+            action()
+        return loss()
+
+    change_loss(monkeypatch, part, loss_and_action)
 
 
 @pytest.mark.parametrize("part, call", [("vae", 2), ("vae", 6), ("prior", 2)])
@@ -1216,15 +1221,7 @@ def test_a_run_is_never_overwritten(world, run_folder):
 
 @pytest.mark.parametrize("part, option", [("vae", "--lr 0.0015"), ("prior", "--prior-lr 0.00075")])
 def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(world, here, monkeypatch, part, option):
-    make, calls = getattr(cvae, f"{part}_part"), itertools.count()
-
-    def broken(*args):
-        made = make(*args)
-        loss = made.loss
-        made.loss = lambda *args: loss(*args) * (np.nan if next(calls) > 4 else 1)
-        return made
-
-    monkeypatch.setattr(cvae, f"{part}_part", broken)
+    change_loss(monkeypatch, part, lambda number, network, loss: loss() * (np.nan if number > 5 else 1))
     said = stops("train", "--data", world / "data.pt", "--run", "run", *SMALL, "--epochs", 4, "--prior-epochs", 8)
     assert "NaN" in said and option in said
     checkpoint = torch.load("run/last.pt", weights_only=True)
@@ -1618,23 +1615,15 @@ def test_training_in_half_precision_begins_like_float32(world, here, precision):
 
 def test_a_step_whose_gradients_overflow_is_skipped_and_is_no_nan(world, here, monkeypatch):
     """In float16 a gradient can overflow. GradScaler then leaves the weights alone and scales less."""
-    make, calls, seen = cvae.vae_part, itertools.count(1), {}
+    seen = {}
 
-    def overflowing(*args):
-        made = make(*args)
-        loss = made.loss
+    def overflowing(number, network, loss):
+        seen[number] = network.short_in.weight.detach().clone()
+        if number == 3:  # the loss is finite, a gradient of it is not
+            network.short_in.weight.register_hook(lambda gradient: gradient * math.inf if len(seen) == 3 else gradient)
+        return loss()
 
-        def loss_and_overflow(*args):
-            call = next(calls)
-            seen[call] = made.network.short_in.weight.detach().clone()
-            if call == 3:  # the loss is finite, a gradient of it is not
-                made.network.short_in.weight.register_hook(lambda gradient: gradient * math.inf if len(seen) == 3 else gradient)
-            return loss(*args)
-
-        made.loss = loss_and_overflow
-        return made
-
-    monkeypatch.setattr(cvae, "vae_part", overflowing)
+    change_loss(monkeypatch, "vae", overflowing)
     train(world, "run", "--precision", "float16", "--epochs", 3, "--prior", "normal")
     assert torch.equal(seen[3], seen[4]) and not torch.equal(seen[4], seen[5]) and not torch.equal(seen[2], seen[3])
     last = torch.load("run/last.pt", weights_only=True)
