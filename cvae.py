@@ -1227,18 +1227,13 @@ def draw_pasture(scene, seed):
     return picture
 
 
-def caption_scene(animal, ground, sky, count=1):
-    """The shortest full description of a scene."""
-    return f"{SUBJECTS[animal][count - 1]} {GROUNDS[ground][0]} {SKIES[sky][0]}"
-
-
 def caption_pasture(scene, dice):
     """Five captions of a scene, the first one the shortest full description."""
     animal, ground, sky, relief, count, side = scene
     subject, where = SUBJECTS[animal][count - 1], f"on the {side}" if count == 1 else "side by side"
     grounds, skies, reliefs = (dice.sample(words[key], 2) for words, key in
                                ((GROUNDS, ground), (SKIES, sky), (RELIEFS, relief)))
-    return [caption_scene(animal, ground, sky, count), f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
+    return [f"{subject} {GROUNDS[ground][0]} {SKIES[sky][0]}", f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
             f"{subject} {skies[1]}, {where}, {grounds[1]}", f"{subject} {grounds[0]} {reliefs[1]}",
             f"{skies[0]}, {subject} {grounds[1]}"]
 
@@ -1902,7 +1897,7 @@ def save_prior_picture(path, models, images, data, device):
 
     All three are seen along the two directions in which the codes of photographs vary most.
     """
-    rows = rows_of(data, TRAINING)[:1000]
+    rows = rows_of(data, TRAINING)[:500]
     vae, flow = models["vae"], models["prior"]
     mu, sigma = encode_photographs(vae, images, data, rows, device)
     torch.manual_seed(0)
