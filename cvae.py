@@ -68,6 +68,7 @@ import math
 import random
 import re
 import shlex
+import shutil
 import socket
 import tempfile
 import time
@@ -126,29 +127,10 @@ def word_pattern(words):
 def read_captions(path, words):
     """The photographs of a COCO captions file whose captions mention one of `words`.
 
-    Returns a list of dicts with id, file_name, url, width, height and captions. Says how many records
-    could not be read. Raises Stop when the file is missing, is no captions file, or nothing matches.
+    Returns a list of dicts with id, file_name, url, width, height and captions. Raises Stop when the
+    file is missing, is no captions file, or nothing matches.
     """
-    try:
-        content = json.loads(Path(path).read_bytes())
-        listed = list(content["images"]), list(content["annotations"])
-    except FileNotFoundError:
-        raise Stop(f"There is no captions file at {path}; --coco names COCO's folder, --split its part "
-                   "(train2017, val2017).") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Stop(f"{path} is not a COCO captions file ({type(error).__name__}: {first_line(error)}).") from error
-    fields = {field for record in listed[1] if isinstance(record, dict) for field in record}
-    if "caption" not in fields and "category_id" in fields:
-        raise Stop(f"{path} holds COCO's instances (outlines of objects), not captions; the file that is "
-                   "meant is the captions_... one from the same archive.")
-    images, annotations = readable(listed[0], as_image), readable(listed[1], as_annotation)
-    total = len(listed[0]) + len(listed[1])
-    bad = total - len(images) - len(annotations)
-    if bad > 0.05 * total:
-        raise Stop(f"{path} is not a COCO captions file: {bad} of its {total} records can't be read.")
-    if bad:
-        print(f"{bad} of {total} records in {path} can't be read (no id, caption, name or size) and are skipped.")
-
+    images, annotations = read_records(path)
     # pycocotools joins the two lists; it takes half a second for all of train2017, and it prints
     from pycocotools.coco import COCO
     coco = COCO()
@@ -159,10 +141,6 @@ def read_captions(path, words):
     for image in coco.imgs.values():
         photograph = photographs.setdefault(image["file_name"], image | {"captions": []})
         photograph["captions"] += [a["caption"] for a in coco.imgToAnns[image["id"]]]
-    for name in photographs:  # a name from a file is a place below a folder, not a path to anywhere
-        if not re.fullmatch(r"(\w[\w .()+-]*/)*\w[\w .()+-]*", name):
-            raise Stop(f"{path} names the photograph {name!r}, which is not a plain file name; nothing "
-                       "was fetched.")
     pattern = word_pattern(words)
     chosen = [p for p in photographs.values() if any(pattern.search(caption) for caption in p["captions"])]
     if not chosen:
@@ -1451,6 +1429,34 @@ def readable(records, read):
     return good
 
 
+def read_records(path):
+    """Images and annotations of a COCO captions file, without those that can't be read; says how many those are."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+        listed = list(content["images"]), list(content["annotations"])
+    except FileNotFoundError:
+        raise Stop(f"There is no captions file at {path}; --coco names COCO's folder, --split its part "
+                   "(train2017, val2017).") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Stop(f"{path} is not a COCO captions file ({type(error).__name__}: {first_line(error)}).") from error
+    fields = {field for record in listed[1] if isinstance(record, dict) for field in record}
+    if "caption" not in fields and "category_id" in fields:
+        raise Stop(f"{path} holds COCO's instances (outlines of objects), not captions; the file that is "
+                   "meant is the captions_... one from the same archive.")
+    images, annotations = readable(listed[0], as_image), readable(listed[1], as_annotation)
+    total = len(listed[0]) + len(listed[1])
+    bad = total - len(images) - len(annotations)
+    if bad > 0.05 * total:
+        raise Stop(f"{path} is not a COCO captions file: {bad} of its {total} records can't be read.")
+    if bad:
+        print(f"{bad} of {total} records in {path} can't be read (no id, caption, name or size) and are skipped.")
+    for image in images:  # a name from a file is a place below a folder, not a path to anywhere
+        if not re.fullmatch(r"(\w[\w .()+-]*/)*\w[\w .()+-]*", image["file_name"]):
+            raise Stop(f"{path} names the photograph {image['file_name']!r}, which is not a plain file name; "
+                       "nothing was fetched.")
+    return images, annotations
+
+
 def decode(path, box):
     """Open a photograph as a PIL RGB image, no smaller than it takes to make a square of `box` pixels.
 
@@ -1918,10 +1924,10 @@ ATTEMPTS, TIMEOUT = 4, 10  # tries per file; seconds without a byte before a con
 COCO_URL = "http://images.cocodataset.org"  # plain http: its certificate does not match its name
 
 
-def fetch(url, path, check, bar=None):
+def fetch(url, path, check, show=False):
     """Download `url` to `path`: retried with back-off, checked, renamed into place only when whole.
 
-    check(temporary path) raises ValueError for content that is not what was wanted.
+    With show, a bar shows the bytes. check(temporary path) raises ValueError for content that is not what was wanted.
     Raises Stop for an address that is not http(s), OSError or ValueError after the last attempt.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
@@ -1931,12 +1937,8 @@ def fetch(url, path, check, bar=None):
             with atomic(path) as temporary:
                 with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(temporary, "wb") as file:
                     expected = int(response.headers.get("Content-Length") or 0)
-                    if bar is not None:
-                        bar.reset(expected)
-                    while block := response.read(1 << 16):
-                        file.write(block)
-                        if bar is not None:
-                            bar.update(len(block))
+                    with tqdm.wrapattr(file, "write", expected or None, desc=path.name, disable=not show) as shown:
+                        shutil.copyfileobj(response, shown)
                 if expected and temporary.stat().st_size != expected:
                     raise ValueError(f"{temporary.stat().st_size} of {expected} bytes arrived")
                 check(temporary)
@@ -1963,8 +1965,7 @@ def fetch_annotations(folder, split, base_url):
             raise ValueError("what arrived is no zip archive")
 
     try:
-        with tqdm(desc="captions", unit="B", unit_scale=True) as bar:
-            fetch(url, archive, whole, bar)
+        fetch(url, archive, whole, show=True)
     except OSError as error:
         raise Stop(f"COCO's captions could not be fetched from {error.strerror or error}. Use a COCO folder "
                    "that you have (--coco DIR), a mirror (--mirror URL), or `python cvae.py demo`, which "
