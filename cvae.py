@@ -611,7 +611,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
         for name, thing in (("network", network), ("mean", mean), ("optimizer", optimizer), ("scaler", scaler)):
             thing.load_state_dict(saved[name])
         state = {name: saved[name] for name in state}
-    clock, drawn = SimpleNamespace(seconds=0.0, images=0), 0.0
+    clock, drawn = SimpleNamespace(seconds=0.0, images=0), time.monotonic()
 
     def save_last():
         state["done"] = state["step"] >= total
@@ -638,7 +638,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
                     save_checkpoint(run / "best.pt", config, models, history)
                 print(f"{part.name}, epoch {epoch}/{part.epochs}: training loss {mean_loss:.3f}, validation "
                       + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-                if time.monotonic() - drawn > 120 or epoch == part.epochs:  # pictures take a second or two
+                if time.monotonic() - drawn > 60 or epoch == part.epochs:  # pictures take a second or two
                     save_curves(run / "loss.png", history)
                     part.draw(run / "epoch.png", mean)
                     drawn = time.monotonic()
