@@ -891,7 +891,7 @@ def prior_part(vae, images, data, config, device, dtype, models):
         return {"loss": torch.stack(losses).mean().item()}
 
     def draw(path, mean):
-        save_samples(path, models, data, rows_of(data, VALIDATION)[:4], device)
+        save_samples(path, models, images, data, rows_of(data, VALIDATION)[:8], device)
 
     # a network that always guesses zero pays the mean of (e - z)², which is 1 + 1
     return SimpleNamespace(name="prior", network=flow, rows=rows, batch=4 * config["batch"], epochs=config["prior_epochs"],
@@ -1868,14 +1868,14 @@ def save_reconstructions(path, vae, images, data, rows, device):
 
 
 @torch.no_grad()
-def save_samples(path, models, data, rows, device):
-    """Draw eight samples for the first caption of each of these photographs."""
-    pictures = []
-    for text in data["caption_embeddings"][rows, 0]:                                    # (D,)
+def save_samples(path, models, images, data, rows, device):
+    """Draw photographs of the data, and below them eight samples for each of the first three's captions."""
+    pictures = [take(images, rows, device)]
+    for text in data["caption_embeddings"][rows[:3], 0]:                                # (D,)
         torch.manual_seed(0)
         noise = torch.randn(8, *models["vae"].shape, device=device)
         pictures.append(generate(models, text.expand(8, -1), CAPTION, noise))
-    save_grid(path, pictures, [data["captions"][row][0] for row in rows.tolist()])
+    save_grid(path, pictures, ["photographs", *(data["captions"][row][0] for row in rows[:3].tolist())])
 
 
 def save_curves(path, history):

@@ -444,6 +444,7 @@ def test_photographs_with_other_than_five_captions_and_missing_ones(here, world,
     assert data["captions"][0] == ["one sheep"] * 5 and data["captions"][1] == texts[:5]
 
 
+@pytest.mark.slow
 @needs_shared
 def test_prepare_on_real_photographs(here, world):
     done = cli("prepare", "--coco", SHARED, "--split", "val2017", "--theme", "nature", "--clip", world / "clip.pt", cwd=here)
@@ -678,7 +679,7 @@ def test_two_prepares_at_once(here, world, mirror):
 def test_another_prepare_may_take_the_captions_out_first(here, monkeypatch):
     captions = here / "annotations/captions_train2017.json"
 
-    def fetch(*_):  # by the time that our archive has arrived, the other one has finished and removed it
+    def fetch(*_, **__):  # by the time that our archive has arrived, the other one has finished and removed it
         captions.parent.mkdir()
         captions.write_text("{}")
 
@@ -805,7 +806,7 @@ class ReportVAE(cvae.VAE):
 
 
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("network, shape", [("grid", {64: (8, 8, 8), 128: (8, 16, 16)}), ("flat", {64: (128, 1, 1), 128: (128, 1, 1)}),
+@pytest.mark.parametrize("network, shape", [("grid", {64: (12, 8, 8), 128: (12, 16, 16)}), ("flat", {64: (128, 1, 1), 128: (128, 1, 1)}),
                                             ("report", {64: (128, 1, 1), 128: (128, 1, 1)})])
 def test_shapes(size, network, shape):
     model = ReportVAE(size, 12) if network == "report" else cvae.VAE(size, 12, network)
@@ -843,6 +844,7 @@ def test_the_condition_is_standardised_and_knows_its_kind():
     assert torch.equal(nothing, condition.kind.weight[cvae.NOTHING].expand(3, -1))  # whatever the embedding says
 
 
+@pytest.mark.slow
 def test_size_dropout_latents_prior_and_objective_change_what_they_name(world, run_folder, here):
     shutil.copytree(run_folder, "plain")
     for name, options in (("drop", ["--dropout"]), ("flat", ["--latents", "flat"]), ("normal", ["--prior", "normal"]),
@@ -870,7 +872,7 @@ def test_size_dropout_latents_prior_and_objective_change_what_they_name(world, r
 def test_dropout_acts_on_z_in_training_only():
     torch.manual_seed(0)
     model = cvae.VAE(64, 4, dropout=0.5)
-    z, c, kind = torch.randn(1, 8, 8, 8), torch.randn(1, 4), torch.tensor([1])
+    z, c, kind = torch.randn(1, *model.shape), torch.randn(1, 4), torch.tensor([1])
     model.train()
     assert not torch.equal(model.decode(z, c, kind), model.decode(z, c, kind))
     model.eval()
@@ -960,6 +962,7 @@ def saved_bytes(work):
     return sum(saved.values())
 
 
+@pytest.mark.slow
 def test_the_default_batch_at_128_pixels_fits_a_small_card():
     """What a step keeps, counted: the tensors saved for the backward pass, weights, gradients, Adam's two means, the running mean."""
     vae, flow, c = cvae.VAE(128, 512), cvae.Flow((8, 16, 16), 512, cvae.DEFAULTS["prior_width"]), torch.randn(64, 512)
@@ -1150,6 +1153,7 @@ def train_killed(world, run, kills, seed):
     assert process.returncode == 0 or "nothing left to do" in said, said
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(world, here):
     train_killed(world, here / "whole", 0, 0)
     train_killed(world, here / "killed", int(os.environ.get("KILLS", 2)), int(os.environ.get("SEED", 0)))
@@ -1515,6 +1519,7 @@ def test_nothing_is_chosen_or_fitted_on_the_test_part(world, here, monkeypatch):
     assert same_weights(weights("one/best.pt"), weights("two/best.pt"))
 
 
+@pytest.mark.slow
 def test_the_three_commands_as_a_user_types_them(world, here):
     for line in (f"prepare --coco {world}/coco --split val2017 --words sheep cow horse --clip {world}/clip.pt",
                  "train --size 128 --dropout --epochs 1 --prior-epochs 1", "sample"):
@@ -1557,6 +1562,7 @@ def test_control_c_while_torch_is_imported_is_one_line(here):
     assert process.returncode == 1 and said.strip() == "Interrupted."
 
 
+@pytest.mark.slow
 def test_help_is_quick():
     def seconds(*command):
         began = time.perf_counter()
@@ -1878,7 +1884,7 @@ def training_step(network, loss):
 @pytest.mark.speed
 def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
     batch, c = 64, torch.randn(64, 512)
-    flow, kind, z = cvae.Flow((8, 8, 8), 512, 256), torch.ones(64, dtype=torch.long), torch.randn(64, 8, 8, 8)
+    flow, kind, z = cvae.Flow((12, 8, 8), 512, 256), torch.ones(64, dtype=torch.long), torch.randn(64, 12, 8, 8)
     tokens = batch * 16
     prior = share_of_the_machine(training_step(flow, lambda: cvae.flow_loss(flow, z, c, kind)),
                                  [(tokens, 256, 768), (tokens, 256, 256), (tokens, 256, 1024), (tokens, 1024, 256)], batch)
