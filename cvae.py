@@ -327,7 +327,7 @@ def draw_condition(data, rows, device):
 # of each 8x8 square; the deep layers add what sums can't say. (DC-AE, Chen et al. 2024, arXiv 2410.10733,
 # shortens the way similarly.) In equal time it brought 2 dB, and samples whose kind can be told.
 
-CHANNELS = 12        # numbers in each cell of the grid
+CHANNELS = 12        # numbers in each cell of the grid: photographs need more than drawings
 FLAT = 128           # numbers in the flat code, the report's
 WIDTHS = 32, 64, 96  # channels at a half, a quarter and an eighth of the picture's side
 SHRUNK = 32          # the condition's share of the channels, the report's
@@ -358,24 +358,24 @@ def enlarge(above, width, kernel=1, times=2):
 class VAE(nn.Module):
     """Encoder and decoder. size: pixels (64 or 128); condition_dim: D; latents: "grid" or "flat".
 
-    The code z is (N, C, s, s): C = 12 and s = size / 8 for a grid, C = 128 and s = 1 for a flat code, so
+    The code z is (N, C, s, s): C = channels and s = size / 8 for a grid, C = 128 and s = 1 for a flat code, so
     that everything else treats both alike. dropout drops numbers of z while training, as in the report.
     """
 
-    def __init__(self, size, condition_dim, latents="grid", dropout=0.0):
+    def __init__(self, size, condition_dim, latents="grid", dropout=0.0, channels=CHANNELS):
         super().__init__()
         side, (half, quarter, eighth) = size // 8, WIDTHS
-        self.shape = (CHANNELS, side, side) if latents == "grid" else (FLAT, 1, 1)
+        self.shape = (channels, side, side) if latents == "grid" else (FLAT, 1, 1)
         self.condition = Condition(condition_dim, SHRUNK)
         self.encoder = nn.Sequential(
             nn.Conv2d(3, quarter, 4, stride=4), ResBlock(quarter),                      # (N, 64, S/4, S/4)
             nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),                         # (N, 96, S/8, S/8)
             ResBlock(eighth), ResBlock(eighth), nn.GroupNorm(8, eighth), nn.SiLU())
         if latents == "grid":
-            self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * CHANNELS, 1)
-            self.from_latent = nn.Conv2d(CHANNELS + SHRUNK, eighth, 3, padding=1)
-            self.short_in = nn.Conv2d(3, 2 * CHANNELS, 8, stride=8)
-            self.short_out = enlarge(CHANNELS, 3, times=8)
+            self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * channels, 1)
+            self.from_latent = nn.Conv2d(channels + SHRUNK, eighth, 3, padding=1)
+            self.short_in = nn.Conv2d(3, 2 * channels, 8, stride=8)
+            self.short_out = enlarge(channels, 3, times=8)
         else:  # a convolution as large as its input is a dense layer
             self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * FLAT, side)
             self.from_latent = nn.ConvTranspose2d(FLAT + SHRUNK, eighth, side)
@@ -504,7 +504,7 @@ OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 # All randomness of step n comes from a generator seeded with (seed, n). So a run is determined by its
 # configuration, and resuming needs no more than weights, optimiser state and n.
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 WARM_UP = 50  # steps: the learning rate rises over these, and throughput is measured after them
 
 
@@ -687,7 +687,7 @@ def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interr
     return float(state["running"]) / offset
 
 
-DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "prior": "flow", "objective": "elbo", "dropout": 0.0,
+DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "channels": CHANNELS, "prior": "flow", "objective": "elbo", "dropout": 0.0,
             "epochs": 30, "prior_epochs": 100, "batch": 16, "lr": 3e-3, "prior_lr": 1.5e-3, "prior_width": 256,
             "seed": 0, "flip": True, "compile": True}
 CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
@@ -707,7 +707,8 @@ def train(args):
     images = to_device(pool_images(data["images"], config["size"]), device)             # uint8 (N, 3, S, S)
     run = run if checkpoint else claim_run(run, config)
     torch.manual_seed(config["seed"])
-    vae = VAE(config["size"], config["condition_dim"], config["latents"], config["dropout"])
+    vae = VAE(config["size"], config["condition_dim"], config["latents"], config["dropout"],
+              config["channels"])
     vae.condition.learn_statistics(data, rows_of(data, TRAINING))
     vae = vae.to(device, memory_format=torch.channels_last)
     print(f"{run}: {len(rows_of(data, TRAINING))} photographs of {config['size']} pixels, on {device.type} in "
@@ -1304,8 +1305,8 @@ def demo(args):
         draw_toy_world(root)
     if not (root / "clip.pt").exists():
         train_toy_clip(root, root / "clip.pt")
-    train = (f"train --data data/toy.pt --epochs {args.epochs} --prior-epochs {args.prior_epochs} --prior-width 128 "
-             "--no-flip")  # captions say left and right
+    train = (f"train --data data/toy.pt --epochs {args.epochs} --prior-epochs {args.prior_epochs} "
+             "--prior-width 128 --no-flip")  # captions say left and right
 
     def type_in(line):
         print(f"\n$ python cvae.py {line}")
@@ -1313,7 +1314,7 @@ def demo(args):
         step.function(step)
 
     type_in(f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt")
-    type_in(train)
+    type_in(f"{train} --channels 8")
     grid = newest_run("best.pt")
     type_in(f"sample -n 4 {shlex.join(DEMO_PROMPTS)}")
     type_in("evaluate")
@@ -1742,7 +1743,7 @@ def load_models(path, device):
     """A trained run, ready to sample: {"vae", "prior" (None: use N(0, I))} and its configuration."""
     checkpoint = load(path, "checkpoint", CHECKPOINT_VERSION)
     config = checkpoint["config"]
-    vae = VAE(config["size"], config["condition_dim"], config["latents"])
+    vae = VAE(config["size"], config["condition_dim"], config["latents"], channels=config["channels"])
     vae.load_state_dict(checkpoint["vae"])
     models = {"vae": vae.to(device, memory_format=torch.channels_last).eval(), "prior": None}
     if checkpoint["prior"]:
@@ -2055,6 +2056,7 @@ def add_training_options(p):
     epochs, rate = between(int, 1, 100_000), between(float, 1e-7, 1)
     option("--size", "pixels", type=int, choices=[64, 128])
     option("--latents", "a grid of codes, or one vector as in the report", choices=["grid", "flat"])
+    option("--channels", "numbers in each cell of the grid", type=between(int, 1, 64))
     option("--prior", "learn p(z | c), or draw from N(0, I) as the report did", choices=["flow", "normal"])
     option("--objective", "the ELBO, or the report's loss", choices=OBJECTIVES)
     option("--dropout", "dropout on z; 0.3 if no P is given", nargs="?", type=between(float, 0, 0.9), const=0.3,
@@ -2150,6 +2152,8 @@ def refuse_contradictions(args):
         if args.rerank and (given & {"interpolate", "show_steps"} or args.rerank < args.n):
             raise Stop("--rerank N draws N pictures and keeps the best -n of them: N must be at least as large, "
                        "and it doesn't go with --interpolate or --show-steps.")
+    if args.function is train and args.latents == "flat" and args.channels:
+        raise Stop("--channels is for a grid of codes, and --latents flat has none.")
     if args.function is train and not args.resume and args.prior == "normal":
         for name in given & {"prior_epochs", "prior_lr", "prior_width"}:
             raise Stop(f"--{name.replace('_', '-')} says how to train a flow, and --prior normal wants none.")

@@ -2058,7 +2058,7 @@ def test_the_demo_meets_the_bars(here):
             run = Path(f"seed-{seed}")
             config = torch.load(first / "last.pt", weights_only=True)["config"]
             cvae.main(["train", "--data", "data/toy.pt", "--epochs", str(config["epochs"]), "--prior-epochs", str(config["prior_epochs"]),
-                       "--prior-width", "128", "--no-flip", "--seed", str(seed), "--run", str(run)])
+                       "--channels", "8", "--prior-width", "128", "--no-flip", "--seed", str(seed), "--run", str(run)])
             cvae.main(["evaluate", "--checkpoint", str(run)])
         table = json.loads((run / "evaluation.json").read_text())["table"]
         figures[f"seed {seed}"] = judge_demo(run) | {"R-precision": table[f"samples, guidance {cvae.GUIDANCE:g}"]["R-precision"],
