@@ -687,9 +687,9 @@ def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interr
     return float(state["running"]) / offset
 
 
-DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "channels": CHANNELS, "prior": "flow", "objective": "elbo", "dropout": 0.0,
-            "epochs": 30, "prior_epochs": 100, "batch": 16, "lr": 3e-3, "prior_lr": 1.5e-3, "prior_width": 256,
-            "seed": 0, "flip": True, "compile": True}
+DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "channels": CHANNELS, "prior": "flow",
+            "objective": "elbo", "dropout": 0.0, "epochs": 30, "prior_epochs": 100, "batch": 16, "lr": 3e-3,
+            "prior_lr": 1.5e-3, "prior_width": 256, "seed": 0, "flip": True, "compile": True}
 CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
 
 
