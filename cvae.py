@@ -38,7 +38,8 @@ Contents (each `# %%` is a notebook cell in VS Code, Spyder and Jupyter)
     8. Evaluation      on pictures that nothing was chosen on
     Appendices         A. a toy world   B. devices, files, downloads   C. the command line
 
-Sections 1 to 8 are the lesson. What they call from the appendices does what its name says.
+Sections 1 to 8 are the lesson. What they call from the appendices does what its name says. `Stop` is our
+exception for an expected failure: its sentence is all that the user sees.
 
 The project it reimplements: Azarbal, Benjelloun Touimi, Tazi, "Generative CLIP-Conditioned Variational
 Autoencoders" (Brown University, 2024), called "the report" below.
@@ -388,7 +389,7 @@ class VAE(nn.Module):
             enlarge(eighth, quarter), ResBlock(quarter),                                # (N, 64, S/4, S/4)
             enlarge(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                   # (N, 32, S/2, S/2)
             enlarge(half, 3, kernel=3))                                                 # (N, 3, S, S)
-        # the Gaussian decoder's variance, as found in training (section 4)
+        # the Gaussian decoder's variance, found in training (section 4); 1/12 is that of any value in [0, 1]
         self.register_buffer("variance", torch.tensor(1 / 12))
 
     def beside(self, h, embedding, kind):
@@ -398,8 +399,10 @@ class VAE(nn.Module):
 
     def encode(self, x, embedding, kind):
         """q(z | x, c): pictures (N, 3, S, S) in [0, 1] -> mu and logvar, (N, C, s, s) each."""
+        # [0, 1] becomes [-1, 1]: layers learn best from inputs around zero
         h = self.encoder(x * 2 - 1)                                                     # (N, 96, S/8, S/8)
         h = self.to_latent(self.beside(h, embedding, kind)) + self.short_in(x * 2 - 1)  # (N, 2C, s, s)
+        # log sigma², because a layer's output can be any number, and sigma must be positive
         mu, logvar = h.float().chunk(2, dim=1)
         return mu, logvar.clamp(-10, 4)  # a wild exponent would end the training
 
@@ -424,7 +427,8 @@ class VAE(nn.Module):
 #     log p(x | c)  >=  E_q [ log p(x | z, c) ]  -  KL( q(z | x, c) || p(z) )   =   ELBO
 #
 # The first term asks for good reconstructions. The second asks for codes that look like draws from
-# p(z) = N(0, I). Training raises the bound; we lower its negative.
+# p(z) = N(0, I). Training raises the bound; we lower its negative. What the bound loses is the KL from q to the
+# true p(z | x, c), so raising it also makes the encoder a better guess of that.
 #
 # The likelihood p(x | z, c) is a Gaussian around the decoder's picture x̂ with one variance s² for all D
 # values. A fixed s² would secretly weigh the two terms against each other (the "beta" that is often tuned
@@ -465,22 +469,6 @@ def elbo_loss(picture, x, kl, kl_weight=1.0, variance=None):
     dimensions = x[0].numel()
     nll = gaussian_nll(F.mse_loss(picture, x) + QUANTISATION, dimensions, variance)
     return bits_per_dimension(nll + kl_weight * kl.mean(), dimensions)
-
-
-def ssim(a, b):
-    """Structural similarity (Wang et al. 2004) of pictures (N, 3, S, S) in [0, 1]: (N,)."""
-    ramp = torch.exp(-0.5 * ((torch.arange(11, device=a.device) - 5) / 1.5) ** 2)
-    window = (ramp[:, None] * ramp / ramp.sum() ** 2).expand(3, 1, 11, 11)
-
-    def blur(t):
-        return F.conv2d(t, window, groups=3)
-
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-    covariance = blur(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    return ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-            / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(1)
 
 
 def original_loss(picture, x, kl, kl_weight=1.0, variance=None):
@@ -561,17 +549,14 @@ def vae_part(vae, images, data, config, device, dtype):
         # the KL fades in over the first eighth: a code must say something before it is taxed
         return objective(picture, x, kl, min(1, 8 * step / total))
 
-    def examine(mean):
-        return measure_vae(mean, images, data, rows_of(data, VALIDATION), device, objective)
-
-    def draw(path, mean):
-        save_reconstructions(path, mean, images, data, rows_of(data, VALIDATION)[:8], device)
-
     x = take(images, rows[:512], device)
     grey = x.mean((0, 2, 3), keepdim=True).expand_as(x)  # the best that can be said without looking
-    return SimpleNamespace(name="vae", network=vae, rows=rows, batch=config["batch"], epochs=config["epochs"],
-                           rate=config["lr"], option="--lr", loss=loss, examine=examine, draw=draw,
-                           ignorance=objective(grey, x, torch.zeros(len(x), device=device)).item())
+    unseen = rows_of(data, VALIDATION)
+    return SimpleNamespace(
+        name="vae", network=vae, rows=rows, batch=config["batch"], epochs=config["epochs"], rate=config["lr"],
+        option="--lr", loss=loss, ignorance=objective(grey, x, torch.zeros(len(x), device=device)).item(),
+        examine=lambda mean: measure_vae(mean, images, data, unseen, device, objective),
+        draw=lambda path, mean: save_reconstructions(path, mean, images, data, unseen[:8], device))
 
 
 @torch.no_grad()
@@ -604,21 +589,22 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
     epoch_steps = len(part.rows) // batch
     total = part.epochs * epoch_steps
     models[part.name] = mean = deepcopy(network).requires_grad_(False).eval()
+    # AdamW gives each weight a step of its own size (arXiv 1711.05101); a memory of 100 steps suits short trainings
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    learners = {"network": network, "mean": mean, "optimizer": optimizer, "scaler": scaler}
     state = {"part": part.name, "step": 0, "running": 0.0, "best": math.inf, "done": False}
     if saved:
-        for name, thing in (("network", network), ("mean", mean), ("optimizer", optimizer), ("scaler", scaler)):
-            thing.load_state_dict(saved[name])
         state = {name: saved[name] for name in state}
+        for name, learner in learners.items():
+            learner.load_state_dict(saved[name])
     clock, drawn = SimpleNamespace(seconds=0.0, images=0), time.monotonic()
 
     def save_last():
         state["done"] = state["step"] >= total
-        training = state | {"running": float(state["running"]),
-                            "network": network.state_dict(), "mean": mean.state_dict(),
-                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        save_checkpoint(run / "last.pt", config, models, history, training)
+        state["running"] = float(state["running"])
+        weights = {name: learner.state_dict() for name, learner in learners.items()}
+        save_checkpoint(run / "last.pt", config, models, history, state | weights)
 
     save_last()
     with noted_interrupts() as interrupted:
@@ -666,7 +652,7 @@ def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interr
             loss = part.loss(order[offset * batch:][:batch], step, total)
             scaler.scale(loss).backward()  # scaler does nothing unless we compute in float16
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(part.network.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(part.network.parameters(), 1.0)  # one odd batch can't throw it off
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, part.rate)
             scaler.step(optimizer)         # skipped where a float16 gradient overflowed: no harm, no NaN
@@ -685,12 +671,6 @@ def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interr
                     clock.images += (state["step"] - marked) * batch
                 mark, marked = time.perf_counter(), state["step"]
     return float(state["running"]) / offset
-
-
-DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "channels": CHANNELS, "prior": "flow",
-            "objective": "elbo", "dropout": 0.0, "epochs": 30, "prior_epochs": 100, "batch": 16, "lr": 3e-3,
-            "prior_lr": 1.5e-3, "prior_width": 256, "seed": 0, "flip": True, "compile": True}
-CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
 
 
 def train(args):
@@ -842,20 +822,6 @@ def flow_loss(flow, z, embedding, kind, drop=0.1):
     return F.mse_loss(velocity.float(), noise - z)
 
 
-@torch.no_grad()
-def encode_photographs(vae, images, data, rows, device, flip=False):
-    """Where the encoder puts photographs of the data, and their mirror images: mu, sigma (n, 1 or 2, C, s, s)."""
-    mu = torch.empty(len(rows), 2 if flip else 1, *vae.shape, device=device)
-    sigma = torch.empty_like(mu)
-    for place in tqdm(torch.arange(len(rows), device=device).split(64), desc="encoding photographs", leave=False):
-        x = take(images, rows[place], device)
-        for version in range(mu.shape[1]):
-            seen = x.flip(3) if version else x
-            mu[place, version], logvar = vae.encode(seen, data["image_embeddings"][rows[place]], PICTURE)
-            sigma[place, version] = torch.exp(0.5 * logvar)
-    return mu, sigma
-
-
 def prior_part(vae, images, data, config, device, dtype, models):
     """What fit needs to train the prior on the codes of a trained VAE."""
     everyone = torch.arange(len(images), device=device)
@@ -883,21 +849,21 @@ def prior_part(vae, images, data, config, device, dtype, models):
         with autocast(device, dtype):
             return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device))
 
+    unseen = rows_of(data, VALIDATION)
+
     @torch.no_grad()
     def examine(mean):
         torch.manual_seed(0)
         losses = []
-        for some in rows_of(data, VALIDATION).repeat(2).split(256):  # two noises for each
+        for some in unseen.repeat(2).split(256):  # two noises for each
             losses.append(flow_loss(mean, draw_code(some), data["caption_embeddings"][some, 0], CAPTION, drop=0.0))
         return {"loss": torch.stack(losses).mean().item()}
 
-    def draw(path, mean):
-        save_samples(path, models, images, data, rows_of(data, VALIDATION)[:8], device)
-
-    # a network that always guesses zero pays the mean of (e - z)², which is 1 + 1
-    return SimpleNamespace(name="prior", network=flow, rows=rows, batch=4 * config["batch"], epochs=config["prior_epochs"],
-                           rate=config["prior_lr"], option="--prior-lr", loss=loss, examine=examine, draw=draw,
-                           ignorance=2.0)
+    return SimpleNamespace(
+        name="prior", network=flow, rows=rows, batch=4 * config["batch"], epochs=config["prior_epochs"],
+        rate=config["prior_lr"], option="--prior-lr", loss=loss, examine=examine,
+        ignorance=2.0,  # a network that always guesses zero pays the mean of (e - z)², which is 1 + 1
+        draw=lambda path, mean: save_samples(path, models, images, data, unseen[:8], device))
 
 
 @torch.no_grad()
@@ -965,25 +931,22 @@ def sample(args):
         torch.manual_seed(args.seed)
         return args.temperature * torch.randn(count, *shape, device=device)
 
-    draw = partial(generate, models, guidance=guidance, steps=steps)
-    if args.interpolate:
-        (start, a, _), (end, b, _) = wishes
-        arc = slerp(a[0], b[0], args.n)                                                 # (n, D)
-        rows.append(draw(arc, CAPTION, noise(1).expand(args.n, -1, -1, -1)))  # only the condition changes
-        wishes = [(f"{start} → {end}", None, None)]
-    elif args.show_steps:
-        for _, target, kind in wishes:
+    if args.interpolate:  # one row, in which only the condition changes
+        (first, a, _), (second, b, _) = wishes
+        wishes = [(f"{first} → {second}", slerp(a[0], b[0], args.n), CAPTION)]
+    for _, target, kind in tqdm(wishes, desc="sampling", leave=False):                  # target: (1 or n, D)
+        if args.show_steps:
             way = draw_codes(models["prior"], noise(1), target, kind, guidance, steps)
             shown = torch.linspace(0, steps, args.n).round().long().tolist()
             rows.append(torch.cat([models["vae"].decode(way[step], target, kind) for step in shown]))
-    else:
-        for _, target, kind in tqdm(wishes, desc="sampling", leave=False):
-            count = max(args.n, args.rerank)
-            pictures = draw(target.expand(count, -1), kind, noise(count))
-            if args.rerank:  # keep those that CLIP finds closest to what was asked, as DALL-E did
-                scores = encode_images(clip_model, pictures) @ target[0]
-                pictures = pictures[scores.topk(args.n).indices]
-            rows.append(pictures)
+            continue
+        count = max(args.n, args.rerank)
+        start = noise(1).expand(count, -1, -1, -1) if args.interpolate else noise(count)
+        pictures = generate(models, target.expand(count, -1), kind, start, guidance, steps)
+        if args.rerank:  # keep those that CLIP finds closest to what was asked, as DALL-E did
+            scores = encode_images(clip_model, pictures) @ target[0]
+            pictures = pictures[scores.topk(args.n).indices]
+        rows.append(pictures)
     labels = [label for label, _, _ in wishes]
     path = sample_path(args.out, " ".join(labels))
     save_grid(path, rows, labels)
@@ -1008,10 +971,14 @@ def sample(args):
 
 
 def caption_match(images, own, texts):
-    """CLIP score (100 · cosine) and R-precision of embedded pictures (N, D) whose captions are texts[own]."""
+    """CLIP score (100 · cosine) and R-precision of embedded pictures (N, D) whose captions are texts[own].
+
+    Every caption counts the same, whether one picture has it or ten.
+    """
     cosines = images @ texts.T                                                          # (N, captions)
-    score = 100 * cosines.gather(1, own[:, None]).mean().item()
-    return {"CLIP score": score, "R-precision": (cosines.argmax(1) == own).float().mean().item()}
+    share = 1 / own.bincount()[own]                                                     # of its caption's vote
+    score, right = cosines.gather(1, own[:, None])[:, 0], (cosines.argmax(1) == own).float()
+    return {"CLIP score": 100 * (share @ score / share.sum()).item(), "R-precision": (share @ right / share.sum()).item()}
 
 
 def diversity(images, own):
@@ -1069,8 +1036,8 @@ def evaluate(args):
     # a hundred different captions: everyone's first; where those are too few, also their second, ...
     captions = list(dict.fromkeys(data["captions"][row][k] for k in range(CAPTIONS) for row in test.tolist()))[:100]
     texts = encode_texts(clip_model, captions)                                          # (100, D)
-    asked = [(place, captions.index(data["captions"][row][0])) for place, row in enumerate(test.tolist())
-             if data["captions"][row][0] in captions]
+    asked = [(place, captions.index(caption)) for place, row in enumerate(test.tolist())
+             for caption in dict.fromkeys(data["captions"][row]) if caption in captions]
     place, own = torch.tensor(asked, device=device).T
     table = {"photographs": answer_questions(real[place], own, texts, real_training, real_training)}
 
@@ -1641,6 +1608,36 @@ def to_device(images, device):
     return images.to(device)
 
 
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) of pictures (N, 3, S, S) in [0, 1]: (N,)."""
+    ramp = torch.exp(-0.5 * ((torch.arange(11, device=a.device) - 5) / 1.5) ** 2)
+    window = (ramp[:, None] * ramp / ramp.sum() ** 2).expand(3, 1, 11, 11)
+
+    def blur(t):
+        return F.conv2d(t, window, groups=3)
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    return ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+            / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def encode_photographs(vae, images, data, rows, device, flip=False):
+    """Where the encoder puts photographs of the data, and their mirror images: mu, sigma (n, 1 or 2, C, s, s)."""
+    mu = torch.empty(len(rows), 2 if flip else 1, *vae.shape, device=device)
+    sigma = torch.empty_like(mu)
+    for place in tqdm(torch.arange(len(rows), device=device).split(64), desc="encoding photographs", leave=False):
+        x = take(images, rows[place], device)
+        for version in range(mu.shape[1]):
+            seen = x.flip(3) if version else x
+            mu[place, version], logvar = vae.encode(seen, data["image_embeddings"][rows[place]], PICTURE)
+            sigma[place, version] = torch.exp(0.5 * logvar)
+    return mu, sigma
+
+
 def save_checkpoint(path, config, models, history, training=None):
     """Write what sampling needs and, in last.pt, what resuming needs besides."""
     weights = {name: network and network.state_dict() for name, network in models.items()}
@@ -1890,15 +1887,6 @@ def save_curves(path, history):
             axis.legend()
 
 
-def save_scatter(path, clouds):
-    """Draw clouds of points {name: (N, 2)} beside each other, on the same axes."""
-    limit = 1.1 * max(cloud.abs().max().item() for cloud in clouds.values())
-    with new_figure(path, 1, len(clouds), (3.2 * len(clouds), 3.4)) as axes:
-        for axis, (name, cloud) in zip(axes[0], clouds.items()):
-            axis.scatter(*cloud.T.numpy(), s=3, alpha=0.5)
-            axis.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-
-
 def save_prior_picture(path, models, images, data, device):
     """Show why a prior must be learned: codes of photographs, draws from N(0, I), draws from the flow.
 
@@ -1915,10 +1903,15 @@ def save_prior_picture(path, models, images, data, device):
         text = data["caption_embeddings"][rows, 0]
         clouds["draws from the flow"] = torch.cat([
             draw_codes(flow, z, c, CAPTION, 1, STEPS)[-1] for z, c in zip(noise.split(64), text.split(64))])
-    flat = {name: cloud.flatten(1).float().cpu() for name, cloud in clouds.items()}
-    codes = flat["codes of photographs"]
+    clouds = {name: cloud.flatten(1).float().cpu() for name, cloud in clouds.items()}   # (500, C s s) each
+    codes = clouds["codes of photographs"]
     _, _, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)     # principal directions
-    save_scatter(path, {name: (cloud - codes.mean(0)) @ directions[:2].T for name, cloud in flat.items()})
+    seen = {name: (cloud - codes.mean(0)) @ directions[:2].T for name, cloud in clouds.items()}  # (500, 2) each
+    limit = 1.1 * max(points.abs().max().item() for points in seen.values())
+    with new_figure(path, 1, len(seen), (3.2 * len(seen), 3.4)) as axes:
+        for axis, (name, points) in zip(axes[0], seen.items()):
+            axis.scatter(*points.T.numpy(), s=3, alpha=0.5)
+            axis.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
 
 ATTEMPTS, TIMEOUT = 4, 10  # tries per file; seconds without a byte before a connection counts as dead
@@ -2044,6 +2037,12 @@ def plain_name(text):
     if not re.fullmatch(r"\w[\w.-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
     return text
+
+
+DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "channels": CHANNELS, "prior": "flow",
+            "objective": "elbo", "dropout": 0.0, "epochs": 30, "prior_epochs": 100, "batch": 16, "lr": 3e-3,
+            "prior_lr": 3e-3, "prior_width": 192, "seed": 0, "flip": True, "compile": True}
+CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
 
 
 def add_training_options(p):
