@@ -36,7 +36,7 @@ Contents (each `# %%` is a notebook cell in VS Code, Spyder and Jupyter)
     6. The prior       why N(0, I) draws fog; flow matching; guidance
     7. Sampling        from text, from an image, in between
     8. Evaluation      on pictures that nothing was chosen on
-    Appendices         A. a toy world   B. devices, files, downloads   C. the command line
+    Appendices         A. a toy world   B. devices, files, downloads   C. the command line, the demo
 
 Sections 1 to 8 are the lesson. What they call from the appendices does what its name says. `Stop` is our
 exception for an expected failure: its sentence is all that the user sees.
@@ -284,7 +284,7 @@ class Condition(nn.Module):
         self.register_buffer("std", torch.ones(2, dimensions))
         self.project = nn.Linear(dimensions, width)
         self.kind = nn.Embedding(3, width)
-        nn.init.zeros_(self.kind.weight)
+        nn.init.zeros_(self.kind.weight)  # at first all kinds look alike
 
     def learn_statistics(self, data, rows):
         """Mean and deviation of both kinds of embeddings, over these rows of the data."""
@@ -389,8 +389,7 @@ class VAE(nn.Module):
             enlarge(eighth, quarter), ResBlock(quarter),                                # (N, 64, S/4, S/4)
             enlarge(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                   # (N, 32, S/2, S/2)
             enlarge(half, 3, kernel=3))                                                 # (N, 3, S, S)
-        # the Gaussian decoder's variance, found in training (section 4); 1/12 is that of any value in [0, 1]
-        self.register_buffer("variance", torch.tensor(1 / 12))
+        self.register_buffer("variance", torch.tensor(1 / 12))  # the Gaussian decoder's, found in training
 
     def beside(self, h, embedding, kind):
         """Concatenate the condition to a map, the same in every cell: (N, C, s, s) -> (N, C + 32, s, s)."""
@@ -399,12 +398,11 @@ class VAE(nn.Module):
 
     def encode(self, x, embedding, kind):
         """q(z | x, c): pictures (N, 3, S, S) in [0, 1] -> mu and logvar, (N, C, s, s) each."""
-        # [0, 1] becomes [-1, 1]: layers learn best from inputs around zero
-        h = self.encoder(x * 2 - 1)                                                     # (N, 96, S/8, S/8)
-        h = self.to_latent(self.beside(h, embedding, kind)) + self.short_in(x * 2 - 1)  # (N, 2C, s, s)
-        # log sigma², because a layer's output can be any number, and sigma must be positive
-        mu, logvar = h.float().chunk(2, dim=1)
-        return mu, logvar.clamp(-10, 4)  # a wild exponent would end the training
+        x = x * 2 - 1  # layers learn best from inputs around zero
+        h = self.encoder(x)                                                             # (N, 96, S/8, S/8)
+        h = self.to_latent(self.beside(h, embedding, kind)) + self.short_in(x)          # (N, 2C, s, s)
+        mu, logvar = h.float().chunk(2, dim=1)  # log sigma² may be any number, as a layer's output is
+        return mu, logvar.clamp(-10, 4)         # but a wild exponent would end the training
 
     def decode(self, z, embedding, kind):
         """The mean of p(x | z, c): codes (N, C, s, s) -> pictures (N, 3, S, S) in [0, 1]."""
@@ -493,7 +491,7 @@ OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 # configuration, and resuming needs no more than weights, optimiser state and n.
 
 CHECKPOINT_VERSION = 4
-WARM_UP = 50  # steps: the learning rate rises over these, and throughput is measured after them
+WARM_UP = 50  # steps over which the learning rate rises
 
 
 def rows_of(data, part):
@@ -525,7 +523,7 @@ def follow(mean, network, step):
     """
     with torch.no_grad():
         for averaged, weight in zip(mean.parameters(), network.parameters()):
-            averaged.lerp_(weight, max(0.001, 9 / (step + 9)))
+            averaged.lerp_(weight, max(0.001, 9 / (step + 9)))  # 0.001: the mean of some thousand steps
         for kept, buffer in zip(mean.buffers(), network.buffers()):
             kept.copy_(buffer)
 
@@ -598,7 +596,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
         state = {name: saved[name] for name in state}
         for name, learner in learners.items():
             learner.load_state_dict(saved[name])
-    clock, drawn = SimpleNamespace(seconds=0.0, images=0), time.monotonic()
+    drawn = time.monotonic()
 
     def save_last():
         state["done"] = state["step"] >= total
@@ -609,9 +607,9 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
     save_last()
     with noted_interrupts() as interrupted:
         while state["step"] < total:
-            epoch = state["step"] // epoch_steps + 1
-            mean_loss = train_epoch(part, state, total, batch, config["seed"], mean, optimizer, scaler,
-                                    interrupted, clock)
+            epoch, began, first = state["step"] // epoch_steps + 1, time.perf_counter(), state["step"]
+            mean_loss = train_epoch(part, state, total, batch, config["seed"], mean, optimizer, scaler, interrupted)
+            speed = (state["step"] - first) * batch / (time.perf_counter() - began)
             if state["step"] % epoch_steps == 0:  # the epoch is complete
                 figures = part.examine(mean)
                 learned = state["step"] - epoch_steps > 2 * WARM_UP  # it had time to
@@ -623,7 +621,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
                     state["best"] = figures["loss"]
                     save_checkpoint(run / "best.pt", config, models, history)
                 print(f"{part.name}, epoch {epoch}/{part.epochs}: training loss {mean_loss:.3f}, validation "
-                      + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+                      + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f"; {speed:.0f} images/s")
                 if time.monotonic() - drawn > 60 or epoch == part.epochs:  # pictures take a second or two
                     save_curves(run / "loss.png", history)
                     part.draw(run / "epoch.png", mean)
@@ -632,18 +630,15 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
             if interrupted and not is_finished(config, state):
                 raise KeyboardInterrupt(f"Stopped at step {state['step']} of {total}, nothing is lost. Go on with: "
                                         f"python cvae.py train --resume --run {run}")
-    if clock.images:
-        print(f"{part.name}: {clock.images / clock.seconds:.0f} images/s after warm-up")
 
 
-def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interrupted, clock):
+def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interrupted):
     """Train to the end of an epoch, or to Ctrl-C; return the epoch's mean loss so far."""
     epoch_steps = len(part.rows) // batch
     epoch, offset = divmod(state["step"], epoch_steps)
     shuffle = torch.Generator().manual_seed(seed * 1000 + epoch)
     order = part.rows[torch.randperm(len(part.rows), generator=shuffle)]
     part.network.train()
-    mark, marked = time.perf_counter(), state["step"]
     with tqdm(total=epoch_steps * batch, initial=offset * batch, unit="img", leave=False,
               desc=f"{part.name}, epoch {epoch + 1}/{part.epochs}") as bar:
         while offset < epoch_steps and not interrupted:
@@ -666,10 +661,6 @@ def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interr
                 mean_loss = float(state["running"]) / offset  # waits for the device
                 must_be_sane(mean_loss, part)
                 bar.set_postfix(loss=f"{mean_loss:.3f}")
-                if marked >= WARM_UP:
-                    clock.seconds += time.perf_counter() - mark
-                    clock.images += (state["step"] - marked) * batch
-                mark, marked = time.perf_counter(), state["step"]
     return float(state["running"]) / offset
 
 
@@ -796,7 +787,7 @@ class Flow(nn.Module):
         h = F.pixel_unshuffle(z, self.patch)                                            # (N, 4C, s/2, s/2)
         grid = h.shape[2:]
         h = self.to_tokens(h.flatten(2).transpose(1, 2)) + self.position                # (N, T, W)
-        # a wave for each of many frequencies tells nearby times apart as well as distant ones
+        # a wave for each of many frequencies, slow to fast, tells distant times apart as well as nearby ones
         waves = 1000 * t[:, None] * torch.exp(-math.log(10000) * torch.linspace(0, 1, TIME // 2, device=t.device))
         time = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))                  # (N, W)
         steering = F.silu(time + self.condition(embedding, kind))                       # (N, W)
@@ -978,7 +969,8 @@ def caption_match(images, own, texts):
     cosines = images @ texts.T                                                          # (N, captions)
     share = 1 / own.bincount()[own]                                                     # of its caption's vote
     score, right = cosines.gather(1, own[:, None])[:, 0], (cosines.argmax(1) == own).float()
-    return {"CLIP score": 100 * (share @ score / share.sum()).item(), "R-precision": (share @ right / share.sum()).item()}
+    mean_score, mean_right = ((share @ values / share.sum()).item() for values in (score, right))
+    return {"CLIP score": 100 * mean_score, "R-precision": mean_right}
 
 
 def diversity(images, own):
@@ -1241,55 +1233,6 @@ def train_toy_clip(root, path, steps=400, batch=128):
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     with atomic(path) as temporary:
         torch.save(model.state_dict(), temporary)
-
-
-DEMO_PROMPTS = ["a sheep on green grass under a blue sky", "two cows in the snow under a grey sky",
-                "a horse on a bare field at sunset", "three sheep on green grass at night",
-                "a cow on a bare field under a blue sky", "a horse in the snow at night",
-                "two horses on green grass at sunset", "two sheep on a bare field under a grey sky",
-                "a sheep on a bare field at night", "a cow in the snow at sunset"]  # the last two are unseen
-
-
-@torch.no_grad()
-def save_comparison(path, runs, prompts, device):
-    """Four rows of samples for the same prompts: flat or grid codes (the runs), N(0, I) or the flow as prior."""
-    rows, labels = [], []
-    for latents, run in runs.items():
-        models, config = load_models(Path(run) / "best.pt", device)
-        texts = encode_texts(load_clip_of(config, device), prompts)
-        for name, prior in (("N(0, I)", None), ("the flow", models["prior"])):
-            torch.manual_seed(0)
-            noise = torch.randn(len(prompts), *models["vae"].shape, device=device)
-            rows.append(generate(models | {"prior": prior}, texts, CAPTION, noise))
-            labels.append(f"{latents} code, drawn from {name}")
-    save_grid(path, rows, labels)
-
-
-def demo(args):
-    """The whole tutorial on drawn pastures: each step is a command that you could type yourself."""
-    root = Path("data/toy")
-    if not (root / "annotations/captions_toy.json").exists():
-        draw_toy_world(root)
-    if not (root / "clip.pt").exists():
-        train_toy_clip(root, root / "clip.pt")
-    train = (f"train --data data/toy.pt --epochs {args.epochs} --prior-epochs {args.prior_epochs} "
-             "--prior-width 128 --no-flip")  # captions say left and right
-
-    def type_in(line):
-        print(f"\n$ python cvae.py {line}")
-        step = parse_arguments(shlex.split(line))
-        step.function(step)
-
-    type_in(f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt")
-    type_in(f"{train} --channels 8")
-    grid = newest_run("best.pt")
-    type_in(f"sample -n 4 {shlex.join(DEMO_PROMPTS)}")
-    type_in("evaluate")
-    if args.compare:
-        type_in(f"{train} --latents flat")
-        runs = {"flat": newest_run("best.pt"), "grid": grid}
-        save_comparison(grid / "comparison.png", runs, DEMO_PROMPTS, choose_device())
-        print(f"{grid}/comparison.png")
 
 
 # %% Appendix B. Devices, files, downloads ------------------------------------------------------------
@@ -1876,6 +1819,21 @@ def save_samples(path, models, images, data, rows, device):
     save_grid(path, pictures, ["photographs", *(data["captions"][row][0] for row in rows[:3].tolist())])
 
 
+@torch.no_grad()
+def save_comparison(path, runs, prompts, device):
+    """Four rows of samples for the same prompts: flat or grid codes (the runs), N(0, I) or the flow as prior."""
+    rows, labels = [], []
+    for latents, run in runs.items():
+        models, config = load_models(Path(run) / "best.pt", device)
+        texts = encode_texts(load_clip_of(config, device), prompts)
+        for name, prior in (("N(0, I)", None), ("the flow", models["prior"])):
+            torch.manual_seed(0)
+            noise = torch.randn(len(prompts), *models["vae"].shape, device=device)
+            rows.append(generate(models | {"prior": prior}, texts, CAPTION, noise))
+            labels.append(f"{latents} code, drawn from {name}")
+    save_grid(path, rows, labels)
+
+
 def save_curves(path, history):
     """Draw the losses of both parts, epoch by epoch."""
     parts = [(name, epochs) for name, epochs in history.items() if epochs]
@@ -2013,7 +1971,7 @@ def fetch_photographs(photographs, folder, base_url):
         print(f"skipped: {failure}")
 
 
-# %% Appendix C. The command line ---------------------------------------------------------------------
+# %% Appendix C. The command line, the demo ------------------------------------------------------------
 
 
 def between(kind, low, high):
@@ -2090,6 +2048,40 @@ def add_drawing_options(p):
     p.add_argument("--clip", help="the run's CLIP, if its file has moved")
 
 
+DEMO_PROMPTS = ["a sheep on green grass under a blue sky", "two cows in the snow under a grey sky",
+                "a horse on a bare field at sunset", "three sheep on green grass at night",
+                "a cow on a bare field under a blue sky", "a horse in the snow at night",
+                "two horses on green grass at sunset", "two sheep on a bare field under a grey sky",
+                "a sheep on a bare field at night", "a cow in the snow at sunset"]  # the last two are unseen
+
+
+def demo(args):
+    """The whole tutorial on drawn pastures: each step is a command that you could type yourself."""
+    root = Path("data/toy")
+    if not (root / "annotations/captions_toy.json").exists():
+        draw_toy_world(root)
+    if not (root / "clip.pt").exists():
+        train_toy_clip(root, root / "clip.pt")
+    train = (f"train --data data/toy.pt --epochs {args.epochs} --prior-epochs {args.prior_epochs} "
+             "--prior-width 128 --no-flip")  # captions say left and right
+
+    def type_in(line):
+        print(f"\n$ python cvae.py {line}")
+        step = parse_arguments(shlex.split(line))
+        step.function(step)
+
+    type_in(f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt")
+    type_in(f"{train} --channels 8")
+    grid = newest_run("best.pt")
+    type_in(f"sample -n 4 {shlex.join(DEMO_PROMPTS)}")
+    type_in("evaluate")
+    if args.compare:
+        type_in(f"{train} --latents flat")
+        runs = {"flat": newest_run("best.pt"), "grid": grid}
+        save_comparison(grid / "comparison.png", runs, DEMO_PROMPTS, choose_device())
+        print(f"{grid}/comparison.png")
+
+
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description="Text to picture with a CLIP-conditioned VAE and a learned prior.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an expected error")
@@ -2131,8 +2123,9 @@ def parse_arguments(argv=None):
     p.add_argument("--data", help="the run's data file, if it has moved")
 
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
-    p.add_argument("--epochs", type=between(int, 1, 1000), default=4, help="of the VAE; fewer is quicker and worse (default: 4)")
-    p.add_argument("--prior-epochs", type=between(int, 1, 1000), default=26, help="of the prior (default: 26)")
+    p.add_argument("--epochs", type=between(int, 1, 1000), default=4,
+                   help="of the VAE; fewer is quicker and worse (default: 4)")
+    p.add_argument("--prior-epochs", type=between(int, 1, 1000), default=24, help="of the prior (default: 24)")
     p.add_argument("--compare", action="store_true", help="also train a flat code, and draw all four combinations")
     return parser.parse_args(argv)
 

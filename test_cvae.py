@@ -1889,11 +1889,12 @@ def training_step(network, loss):
 
 @pytest.mark.speed
 def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
-    batch, c = 64, torch.randn(64, 512)
-    flow, kind, z = cvae.Flow((12, 8, 8), 512, 256), torch.ones(64, dtype=torch.long), torch.randn(64, 12, 8, 8)
+    batch, c, width = 64, torch.randn(64, 512), cvae.DEFAULTS["prior_width"]
+    flow, kind, z = cvae.Flow((12, 8, 8), 512, width), torch.ones(64, dtype=torch.long), torch.randn(64, 12, 8, 8)
     tokens = batch * 16
     prior = share_of_the_machine(training_step(flow, lambda: cvae.flow_loss(flow, z, c, kind)),
-                                 [(tokens, 256, 768), (tokens, 256, 256), (tokens, 256, 1024), (tokens, 1024, 256)], batch)
+                                 [(tokens, width, 3 * width), (tokens, width, width), (tokens, width, 4 * width),
+                                  (tokens, 4 * width, width)], batch)
     vae = cvae.VAE(64, 512).to(memory_format=torch.channels_last)
     x = torch.rand(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
 
@@ -1939,7 +1940,7 @@ def test_prepare_is_as_fast_as_clip(here, capsys):
 
 @pytest.mark.speed
 def test_eight_pictures_take_little_longer_than_the_imports(world, here):
-    train(world, "run", "--prior-width", 256)
+    train(world, "run", "--prior-width", cvae.DEFAULTS["prior_width"])
 
     def seconds(*command):
         began = time.perf_counter()
