@@ -1282,6 +1282,8 @@ def choose_precision(device, wish=None):
     return (getattr(torch, wish), "as asked") if wish else (possible[0], "the fastest that it computes well")
 
 
+# Expected failures, and files that are never half written ------------------------------------------
+
 class Stop(Exception):
     """An expected failure. Its text says what happened and what to do; main() prints just that."""
 
@@ -1307,6 +1309,8 @@ def atomic(path):
     finally:
         temporary.unlink(missing_ok=True)
 
+
+# Reading captions, photographs and CLIP ------------------------------------------------------------
 
 def as_id(value):
     """An id as text, so that 7, 7.0 and "7" are the same photograph. Names are ids, too."""
@@ -1475,6 +1479,8 @@ def embed_photographs(model, paths, device, batch=32):
     return kept, images[:len(kept)], torch.cat(embeddings).cpu()
 
 
+# Data files ----------------------------------------------------------------------------------------
+
 def must_be_writable(folder, file=None):
     """Try to write before the work, not after it. Raises Stop with the real reason."""
     try:
@@ -1580,6 +1586,8 @@ def encode_photographs(vae, images, data, rows, device, flip=False):
             sigma[place, version] = torch.exp(0.5 * logvar)
     return mu, sigma
 
+
+# Runs and checkpoints ------------------------------------------------------------------------------
 
 def save_checkpoint(path, config, models, history, training=None):
     """Write what sampling needs and, in last.pt, what resuming needs besides."""
@@ -1709,6 +1717,8 @@ def load_clip_of(config, device, name=None):
     return clip_model
 
 
+# Prompts and file names ----------------------------------------------------------------------------
+
 def check_prompts(prompts, context_length):
     """Refuse empty prompts; say when CLIP will not read one to its end."""
     import clip
@@ -1759,6 +1769,8 @@ def sample_path(folder, label):
         path, number = Path(folder) / f"{name}-{number}.png", number + 1
     return path
 
+
+# Pictures ------------------------------------------------------------------------------------------
 
 def save_picture(path, picture):
     """Write one picture (3, S, S) in [0, 1] as a PNG of its own size; return the path."""
@@ -1871,6 +1883,8 @@ def save_prior_picture(path, models, images, data, device):
             axis.scatter(*points.T.numpy(), s=3, alpha=0.5)
             axis.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
+
+# Downloads -----------------------------------------------------------------------------------------
 
 ATTEMPTS, TIMEOUT = 4, 10  # tries per file; seconds without a byte before a connection counts as dead
 COCO_URL = "http://images.cocodataset.org"  # plain http: its certificate does not match its name
