@@ -79,7 +79,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -193,8 +193,10 @@ CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 @torch.no_grad()
 def encode_images(model, images):
     """Embed pictures with CLIP: uint8 or [0, 1] float (N, 3, H, H) -> unit vectors (N, D)."""
-    resolution, embeddings = model.visual.input_resolution, []
-    for some in tqdm(images.split(64), desc="CLIP, images", leave=False, disable=len(images) <= 512):
+    resolution, embeddings, batches = model.visual.input_resolution, [], images.split(64)
+    if len(batches) > 8:  # takes a while
+        batches = tqdm(batches, desc="CLIP, images", leave=False)
+    for some in batches:
         pixels = some.float() / 255 if some.dtype == torch.uint8 else some
         if pixels.shape[-1] != resolution:
             pixels = F.interpolate(pixels, (resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
@@ -1903,7 +1905,9 @@ def fetch(url, path, check, show=False):
             with atomic(path) as temporary:
                 with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(temporary, "wb") as file:
                     expected = int(response.headers.get("Content-Length") or 0)
-                    with tqdm.wrapattr(file, "write", expected or None, desc=path.name, disable=not show) as shown:
+                    # no bar in threads, not even a disabled one: Ctrl-C can leave tqdm's lock held for ever
+                    bar = tqdm.wrapattr(file, "write", expected or None, desc=path.name) if show else None
+                    with bar or contextlib.nullcontext(file) as shown:
                         shutil.copyfileobj(response, shown)
                 if expected and temporary.stat().st_size != expected:
                     raise ValueError(f"{temporary.stat().st_size} of {expected} bytes arrived")
@@ -1969,7 +1973,7 @@ def fetch_photographs(photographs, folder, base_url):
     pool = ThreadPoolExecutor(16)
     try:
         jobs = [pool.submit(fetch_one, photograph) for photograph in wanted]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="photographs", disable=not jobs):
+        for job in tqdm(jobs, desc="photographs", disable=not jobs):
             error = job.exception()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Stop(f"The disk is full ({error.strerror}). The photographs so far are kept; free "
