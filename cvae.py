@@ -36,7 +36,7 @@ Contents (each `# %%` is a notebook cell in VS Code, Spyder and Jupyter)
     6. The prior       why N(0, I) draws fog; flow matching; guidance
     7. Sampling        from text, from an image, in between
     8. Evaluation      on pictures that nothing was chosen on
-    Appendices         A. a toy world   B. devices, files, downloads   C. the command line, the demo
+    Appendices         A. a toy world   B. devices, files, downloads   C. the commands
 
 Sections 1 to 8 are the lesson. What they call from the appendices does what its name says. `Stop` is our
 exception for an expected failure: its sentence is all that the user sees.
@@ -164,9 +164,9 @@ def centre_square(photograph, size):
 def split_parts(images):
     """Sort photographs into three parts by a hash of their pixels: uint8 (N, 3, H, H) -> (N,).
 
-    Training pictures teach. Validation pictures choose: checkpoints and every setting chosen by looking.
-    Test pictures are for `evaluate` alone. Equal pictures have equal hashes, so a picture that is in the
-    data twice is never learned from and judged by at once.
+    A photograph goes into one part with all its captions. Training pictures teach. Validation pictures choose:
+    checkpoints and every setting chosen by looking. Test pictures are for `evaluate` alone. Equal pictures have
+    equal hashes, so a picture that is in the data twice is never learned from and judged by at once.
     """
     hashes = [int(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:15], 16) for image in images]
     different, rank = torch.tensor(hashes).unique(return_inverse=True)  # rank among the sorted hashes
@@ -226,44 +226,9 @@ def encode_texts(model, texts):
     return torch.cat(embeddings)
 
 
-def prepare(args):
-    """Fetch what is missing, crop, embed with CLIP, and write one data file for all trainings.
-
-    The report ran CLIP anew for every image of every epoch; an embedding never changes, so it is
-    computed once. Whole photographs go into a part of the data, with all their captions, so that no
-    caption of a training picture is ever used to judge.
-    """
-    words = args.words or THEMES[args.theme or "bucolic"]
-    must_be_writable(Path(args.data).parent, Path(args.data))
-    device = choose_device(args.device)
-    root = Path(args.coco or "data/coco")
-    captions_path = root / f"annotations/captions_{args.split}.json"
-    if not args.coco:
-        captions_path = fetch_annotations(root, args.split, args.mirror or COCO_URL)
-    photographs = read_captions(captions_path, words)
-    folder = root / args.split
-    model = load_clip(args.clip, device)  # before the long download: a mistake should show early
-    if not args.coco:
-        fetch_photographs(photographs, folder, args.mirror or COCO_URL)
-    on_disk = [p for p in photographs if (folder / p["file_name"]).exists()]
-    print(f"{len(photographs)} photographs match {', '.join(words) or 'every word'}; {len(on_disk)} are in "
-          f"{folder}, {len(photographs) - len(on_disk)} are missing.")
-    kept, images, embeddings = embed_photographs(model, [folder / p["file_name"] for p in on_disk], device)
-    kept = [on_disk[i] for i in kept]
-    # a photograph with fewer than five captions repeats them, one with more keeps the first five
-    captions = [[p["captions"][i % len(p["captions"])] for i in range(CAPTIONS)] for p in kept]
-    caption_embeddings = encode_texts(model, [caption for five in captions for caption in five]).cpu()  # (5N, D)
-    part = split_parts(images)
-    fingerprint = hashlib.sha256(embeddings.numpy().tobytes() + caption_embeddings.numpy().tobytes()).hexdigest()
-    save({"kind": "data file", "version": DATA_VERSION, "images": images, "image_embeddings": embeddings,
-          "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "captions": captions,
-          "ids": [p["id"] for p in kept], "part": part, "fingerprint": fingerprint, "words": words,
-          "clip": str(args.clip), "clip_fingerprint": clip_fingerprint(model)}, args.data)
-    sizes = part.bincount().tolist()
-    print(f"{args.data}: {sizes[TRAINING]} photographs to learn from, {sizes[VALIDATION]} to choose by, "
-          f"{sizes[TEST]} to judge by.")
-
-
+# An embedding never changes, so `prepare` (appendix C) computes them once and writes one data file with pixels,
+# embeddings and parts. The report ran CLIP anew for every image of every epoch.
+#
 # The gap. CLIP pulls pairs together, but only relative to mismatches: images and captions end up in two
 # separate narrow cones ("Mind the gap", Liang et al. 2022, arXiv 2203.02053). The report trained on image
 # embeddings and prompted with text embeddings, which its decoder had never seen. Here each training
@@ -378,7 +343,7 @@ class VAE(nn.Module):
             self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * channels, 1)
             self.from_latent = nn.Conv2d(channels + SHRUNK, eighth, 3, padding=1)
             self.short_in = nn.Conv2d(3, 2 * channels, 8, stride=8)
-            self.short_out = enlarge(channels, 3, times=8)
+            self.short_out = enlarge(channels, 3, kernel=3, times=8)  # its squares overlap: no seams
         else:  # a convolution as large as its input is a dense layer
             self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * FLAT, side)
             self.from_latent = nn.ConvTranspose2d(FLAT + SHRUNK, eighth, side)
@@ -391,7 +356,8 @@ class VAE(nn.Module):
             enlarge(eighth, quarter), ResBlock(quarter),                                # (N, 64, S/4, S/4)
             enlarge(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                   # (N, 32, S/2, S/2)
             enlarge(half, 3, kernel=3))                                                 # (N, 3, S, S)
-        self.register_buffer("variance", torch.tensor(1 / 12))  # the Gaussian decoder's, found in training
+        self.register_buffer("variance", torch.tensor(1 / 12))  # the Gaussian decoder's, found in training,
+        self.register_buffer("gain", torch.tensor(1.0))         # and that of fine detail: section 4 has both
 
     def beside(self, h, embedding, kind):
         """Concatenate the condition to a map, the same in every cell: (N, C, s, s) -> (N, C + 32, s, s)."""
@@ -411,6 +377,10 @@ class VAE(nn.Module):
         z = self.dropout(z)
         h = self.from_latent(self.beside(z, embedding, kind))                           # (N, 96, S/8, S/8)
         return torch.sigmoid((self.decoder(h) + self.short_out(z)).float())
+
+    def sharpen(self, picture):
+        """Turn fine detail up to the strength that photographs have: same shape. For looking at, see section 4."""
+        return (picture + (self.gain - 1) * detail(picture)).clamp(0, 1)
 
     def forward(self, x, embedding, kind):
         """Reconstruct pictures: x (N, 3, S, S) -> picture (N, 3, S, S), KL (N,) in nats."""
@@ -484,6 +454,21 @@ def original_loss(picture, x, kl, kl_weight=1.0, variance=None):
 
 OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 
+
+# A code stands for many pictures, and the decoder answers with their mean, which is smoother than any of them:
+# fur and leaves average out. To the likelihood this is noise of variance s², but a picture drawn with such
+# noise is grainy. So pictures to look at get their lost detail back in another way: what fine detail there is
+# is turned up, by one number, until it is as strong as in photographs. It is found in training, as s² is.
+
+def detail(pictures):
+    """What a blur over 3x3 pixels takes away from pictures (N, 3, S, S): the same shape."""
+    return pictures - F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def detail_gain(picture, x):
+    """How many times stronger the detail of photographs x is than that of their reconstructions: a scalar."""
+    return (detail(x).square().mean() / detail(picture).square().mean()).sqrt().clamp(1, 3)
+
 # %% 5. Training ------------------------------------------------------------------------------------
 # Both networks, the VAE and (section 6) the prior, are trained by the same loop. All pictures fit in memory as
 # bytes (20,000 at 128 pixels are 1 GB), so there is no DataLoader: the whole uint8 tensor lives on the
@@ -492,7 +477,7 @@ OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 # All randomness of step n comes from a generator seeded with (seed, n). So a run is determined by its
 # configuration, and resuming needs no more than weights, optimiser state and n.
 
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 WARM_UP = 50  # steps over which the learning rate rises
 
 
@@ -544,8 +529,9 @@ def vae_part(vae, images, data, config, device, dtype):
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
         with autocast(device, dtype):
             picture, kl = forward(x, *draw_condition(data, rows, device))
-        mse = F.mse_loss(picture.detach(), x) + QUANTISATION
-        vae.variance.lerp_(mse, max(0.01, 1 / (step + 1)))
+        seen, share = picture.detach(), max(0.01, 1 / (step + 1))  # running means over the last hundred steps
+        vae.variance.lerp_(F.mse_loss(seen, x) + QUANTISATION, share)
+        vae.gain.lerp_(detail_gain(seen, x), share)
         # the KL fades in over the first eighth: a code must say something before it is taxed
         return objective(picture, x, kl, min(1, 8 * step / total))
 
@@ -884,7 +870,9 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
 
 # %% 7. Sampling ------------------------------------------------------------------------------------
 # A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a
-# code for it, the decoder draws the code.
+# code for it, the decoder draws the code. A photograph in a prompt's place (`sample --image`) goes through
+# CLIP's image encoder, and its kind of condition is PICTURE. `--interpolate` keeps the noise and walks from one
+# prompt's condition to another's. `--rerank` draws more than it shows, and CLIP keeps the nearest, as in DALL-E.
 
 GUIDANCE = 2.0  # chosen on the validation part, with sureness and variety both in view
 STEPS = 16      # more change little
@@ -897,7 +885,7 @@ def generate(models, embedding, kind, noise, guidance=GUIDANCE, steps=STEPS):
     for c, z in zip(embedding.split(64), noise.split(64)):  # few enough at a time for any memory
         if models["prior"]:
             z = draw_codes(models["prior"], z, c, kind, guidance, steps)[-1]
-        pictures.append(models["vae"].decode(z, c, kind))
+        pictures.append(models["vae"].sharpen(models["vae"].decode(z, c, kind)))
     return torch.cat(pictures)
 
 
@@ -907,46 +895,6 @@ def slerp(a, b, steps):
     angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1)).clamp(min=1e-4)
     t = torch.linspace(0, 1, steps, device=a.device)[:, None]
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-
-
-@torch.no_grad()
-def sample(args):
-    """Draw pictures for prompts (or from a photograph, or between two prompts); write a captioned grid."""
-    device = choose_device(args.device)
-    models, config = load_models(checkpoint_path(args.checkpoint), device)
-    guidance, steps = flow_options(args, models)
-    clip_model = load_clip_of(config, device, args.clip)
-    wishes = read_wishes(args, clip_model, device)
-    must_be_writable(Path(args.out))
-    shape, rows = models["vae"].shape, []
-
-    def noise(count):  # anew for each row: a prompt's row does not depend on its neighbours
-        torch.manual_seed(args.seed)
-        return args.temperature * torch.randn(count, *shape, device=device)
-
-    if args.interpolate:  # one row, in which only the condition changes
-        (first, a, _), (second, b, _) = wishes
-        wishes = [(f"{first} → {second}", slerp(a[0], b[0], args.n), CAPTION)]
-    for _, target, kind in tqdm(wishes, desc="sampling", leave=False):                  # target: (1 or n, D)
-        if args.show_steps:
-            way = draw_codes(models["prior"], noise(1), target, kind, guidance, steps)
-            shown = torch.linspace(0, steps, args.n).round().long().tolist()
-            rows.append(torch.cat([models["vae"].decode(way[step], target, kind) for step in shown]))
-            continue
-        count = max(args.n, args.rerank)
-        start = noise(1).expand(count, -1, -1, -1) if args.interpolate else noise(count)
-        pictures = generate(models, target.expand(count, -1), kind, start, guidance, steps)
-        if args.rerank:  # keep those that CLIP finds closest to what was asked, as DALL-E did
-            scores = encode_images(clip_model, pictures) @ target[0]
-            pictures = pictures[scores.topk(args.n).indices]
-        rows.append(pictures)
-    labels = [label for label, _, _ in wishes]
-    path = sample_path(args.out, " ".join(labels))
-    save_grid(path, rows, labels)
-    print(path)
-    if args.separate:
-        for number, picture in enumerate(torch.cat(rows), 1):
-            print(save_picture(path.with_name(f"{path.stem}-{number:02}.png"), picture))
 
 
 # %% 8. Evaluation ----------------------------------------------------------------------------------
@@ -1008,21 +956,13 @@ def answer_questions(images, own, texts, reference, training):
 
 
 @torch.no_grad()
-def evaluate(args):
-    """Measure a run on test photographs and captions; print a table.
+def measure_samples(models, images, data, clip_model, guidances, steps, seed, device):
+    """Ask all four questions about test photographs, and about samples for a hundred of their captions.
 
-    Writes evaluation.json, reconstructions.png and nearest.png into the run's folder.
+    Returns a table {row: figures} and, of the samples at the last guidance, the pictures, how far each is from
+    the nearest training photograph, and which that is (a number of the data).
     """
-    device = choose_device(args.device)
-    path = checkpoint_path(args.checkpoint)
-    models, config = load_models(path, device)
-    chosen_guidance, steps = flow_options(args, models)
-    data = load_data(args.data or config["data"], device, config["fingerprint"])
-    clip_model = load_clip_of(config, device, args.clip)
-    images = pool_images(data["images"], config["size"])                                # uint8 (N, 3, S, S)
     test, training = rows_of(data, TEST), rows_of(data, TRAINING)
-    storage = measure_vae(models["vae"], images, data, test, device)
-
     # photographs are judged at the model's own size, or their sharpness would be what sets them apart
     real = encode_images(clip_model, take(images, test, device))                        # (M, D)
     real_training = torch.cat([encode_images(clip_model, take(images, rows, device)) for rows in
@@ -1034,29 +974,15 @@ def evaluate(args):
              for caption in dict.fromkeys(data["captions"][row]) if caption in captions]
     place, own = torch.tensor(asked, device=device).T
     table = {"photographs": answer_questions(real[place], own, texts, real_training, real_training)}
-
     own = torch.arange(len(texts), device=device).repeat_interleave(4)                  # four of each caption
-    for guidance in sorted({1.0, chosen_guidance}) if models["prior"] else [1.0]:
-        torch.manual_seed(args.seed)
+    for guidance in guidances:
+        torch.manual_seed(seed)
         noise = torch.randn(len(own), *models["vae"].shape, device=device)
         pictures = generate(models, texts[own], CAPTION, noise, guidance, steps)
         drawn = encode_images(clip_model, pictures)
         table[f"samples, guidance {guidance:g}"] = answer_questions(drawn, own, texts, real, real_training)
-
-    print(f"{path}, {len(test)} test photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats, "
-          f"PSNR {storage['psnr']:.1f} dB")
-    print(" " * 24 + "".join(f"{column:>13}" for column in table["photographs"]))
-    for name, row in table.items():
-        print(f"{name:24}" + "".join(f"{value:13.3f}" for value in row.values()))
-    folder = path.parent
-    with atomic(folder / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps({"checkpoint": str(path), **storage, "table": table}, indent=2))
-    save_reconstructions(folder / "reconstructions.png", models["vae"], images, data, test[:8], device)
-    distance, which = nearest(drawn, real_training)  # at the last guidance
-    suspects = distance.argsort()[:8]
-    save_grid(folder / "nearest.png", [pictures[suspects], take(images, training[which[suspects]], device)],
-              ["the eight samples that are nearest to a training picture", "and those training pictures"])
-    print(f"Also in {folder}: evaluation.json, reconstructions.png, nearest.png")
+    distance, which = nearest(drawn, real_training)
+    return table, pictures, distance, training[which]
 
 
 # %% Appendix A. A toy world --------------------------------------------------------------------------
@@ -1819,7 +1745,8 @@ def save_grid(path, rows, labels):
 def save_reconstructions(path, vae, images, data, rows, device):
     """Draw photographs of the data, above what the VAE makes of them."""
     x = take(images, rows, device)
-    save_grid(path, [x, vae(x, data["image_embeddings"][rows], PICTURE)[0]], ["photographs", "reconstructions"])
+    picture = vae(x, data["image_embeddings"][rows], PICTURE)[0]
+    save_grid(path, [x, picture, vae.sharpen(picture)], ["photographs", "reconstructions", "the same, sharpened"])
 
 
 @torch.no_grad()
@@ -1989,7 +1916,118 @@ def fetch_photographs(photographs, folder, base_url):
         print(f"skipped: {failure}")
 
 
-# %% Appendix C. The command line, the demo ------------------------------------------------------------
+# %% Appendix C. The commands --------------------------------------------------------------------------
+# What `python cvae.py prepare`, `sample`, `evaluate` and `demo` do with all this (`train` is in section 5), and
+# what can be said to them.
+
+def prepare(args):
+    """Fetch what is missing, crop, embed with CLIP, and write one data file for all trainings."""
+    words = args.words or THEMES[args.theme or "bucolic"]
+    must_be_writable(Path(args.data).parent, Path(args.data))
+    device = choose_device(args.device)
+    root = Path(args.coco or "data/coco")
+    captions_path = root / f"annotations/captions_{args.split}.json"
+    if not args.coco:
+        captions_path = fetch_annotations(root, args.split, args.mirror or COCO_URL)
+    photographs = read_captions(captions_path, words)
+    folder = root / args.split
+    model = load_clip(args.clip, device)  # before the long download: a mistake should show early
+    if not args.coco:
+        fetch_photographs(photographs, folder, args.mirror or COCO_URL)
+    on_disk = [p for p in photographs if (folder / p["file_name"]).exists()]
+    print(f"{len(photographs)} photographs match {', '.join(words) or 'every word'}; {len(on_disk)} are in "
+          f"{folder}, {len(photographs) - len(on_disk)} are missing.")
+    kept, images, embeddings = embed_photographs(model, [folder / p["file_name"] for p in on_disk], device)
+    kept = [on_disk[i] for i in kept]
+    # a photograph with fewer than five captions repeats them, one with more keeps the first five
+    captions = [[p["captions"][i % len(p["captions"])] for i in range(CAPTIONS)] for p in kept]
+    caption_embeddings = encode_texts(model, [caption for five in captions for caption in five]).cpu()  # (5N, D)
+    part = split_parts(images)
+    fingerprint = hashlib.sha256(embeddings.numpy().tobytes() + caption_embeddings.numpy().tobytes()).hexdigest()
+    save({"kind": "data file", "version": DATA_VERSION, "images": images, "image_embeddings": embeddings,
+          "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "captions": captions,
+          "ids": [p["id"] for p in kept], "part": part, "fingerprint": fingerprint, "words": words,
+          "clip": str(args.clip), "clip_fingerprint": clip_fingerprint(model)}, args.data)
+    sizes = part.bincount().tolist()
+    print(f"{args.data}: {sizes[TRAINING]} photographs to learn from, {sizes[VALIDATION]} to choose by, "
+          f"{sizes[TEST]} to judge by.")
+
+
+@torch.no_grad()
+def sample(args):
+    """Draw pictures for prompts (or from a photograph, or between two prompts); write a captioned grid."""
+    device = choose_device(args.device)
+    models, config = load_models(checkpoint_path(args.checkpoint), device)
+    guidance, steps = flow_options(args, models)
+    clip_model = load_clip_of(config, device, args.clip)
+    wishes = read_wishes(args, clip_model, device)
+    must_be_writable(Path(args.out))
+    shape, rows = models["vae"].shape, []
+
+    def noise(count):  # anew for each row: a prompt's row does not depend on its neighbours
+        torch.manual_seed(args.seed)
+        return args.temperature * torch.randn(count, *shape, device=device)
+
+    if args.interpolate:  # one row, in which only the condition changes
+        (first, a, _), (second, b, _) = wishes
+        wishes = [(f"{first} → {second}", slerp(a[0], b[0], args.n), CAPTION)]
+    for _, target, kind in tqdm(wishes, desc="sampling", leave=False):                  # target: (1 or n, D)
+        if args.show_steps:
+            way = draw_codes(models["prior"], noise(1), target, kind, guidance, steps)
+            shown = torch.linspace(0, steps, args.n).round().long().tolist()
+            decoded = torch.cat([models["vae"].decode(way[step], target, kind) for step in shown])
+            rows.append(models["vae"].sharpen(decoded))
+            continue
+        count = max(args.n, args.rerank)
+        start = noise(1).expand(count, -1, -1, -1) if args.interpolate else noise(count)
+        pictures = generate(models, target.expand(count, -1), kind, start, guidance, steps)
+        if args.rerank:
+            scores = encode_images(clip_model, pictures) @ target[0]
+            pictures = pictures[scores.topk(args.n).indices]
+        rows.append(pictures)
+    labels = [label for label, _, _ in wishes]
+    path = sample_path(args.out, " ".join(labels))
+    save_grid(path, rows, labels)
+    print(path)
+    if args.separate:
+        for number, picture in enumerate(torch.cat(rows), 1):
+            print(save_picture(path.with_name(f"{path.stem}-{number:02}.png"), picture))
+
+
+@torch.no_grad()
+def evaluate(args):
+    """Measure a run on test photographs and captions; print a table.
+
+    Writes evaluation.json, reconstructions.png and nearest.png into the run's folder.
+    """
+    device = choose_device(args.device)
+    path = checkpoint_path(args.checkpoint)
+    models, config = load_models(path, device)
+    chosen_guidance, steps = flow_options(args, models)
+    data = load_data(args.data or config["data"], device, config["fingerprint"])
+    clip_model = load_clip_of(config, device, args.clip)
+    images = pool_images(data["images"], config["size"])                                # uint8 (N, 3, S, S)
+    test = rows_of(data, TEST)
+    storage = measure_vae(models["vae"], images, data, test, device)
+    guidances = sorted({1.0, chosen_guidance}) if models["prior"] else [1.0]
+    table, pictures, distance, copied = measure_samples(models, images, data, clip_model, guidances, steps,
+                                                        args.seed, device)
+    print(f"{path}, {len(test)} test photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats, "
+          f"PSNR {storage['psnr']:.1f} dB")
+    print(" " * 24 + "".join(f"{column:>13}" for column in table["photographs"]))
+    for name, row in table.items():
+        print(f"{name:24}" + "".join(f"{value:13.3f}" for value in row.values()))
+    folder = path.parent
+    with atomic(folder / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps({"checkpoint": str(path), **storage, "table": table}, indent=2))
+    save_reconstructions(folder / "reconstructions.png", models["vae"], images, data, test[:8], device)
+    suspects = distance.argsort()[:8]
+    save_grid(folder / "nearest.png", [pictures[suspects], take(images, copied[suspects], device)],
+              ["the eight samples that are nearest to a training picture", "and those training pictures"])
+    print(f"Also in {folder}: evaluation.json, reconstructions.png, nearest.png")
+
+
+# Options -------------------------------------------------------------------------------------------
 
 
 def between(kind, low, high):

@@ -195,6 +195,23 @@ def slow_ssim(a, b):
     return np.mean(values)
 
 
+def test_fine_detail_is_turned_up_to_the_strength_of_photographs():
+    torch.manual_seed(0)
+    x = 0.5 + 0.05 * torch.randn(2, 3, 8, 8)
+    fine, grey = cvae.detail(x), x.numpy()
+    assert fine[1, 2, 3, 4].item() == pytest.approx(grey[1, 2, 3, 4] - grey[1, 2, 2:5, 3:6].mean(), abs=1e-6)
+    assert fine[0, 1, 0, 7].item() == pytest.approx(grey[0, 1, 0, 7] - grey[0, 1, :2, 6:].mean(), abs=1e-6)  # a corner has four
+    blurred = x - 0.5 * fine
+    expected = np.sqrt((fine.numpy() ** 2).mean() / (cvae.detail(blurred).numpy() ** 2).mean())
+    assert 1 < expected < 3 and cvae.detail_gain(blurred, x).item() == pytest.approx(expected, rel=1e-5)
+    assert cvae.detail_gain(torch.full_like(x, 0.5), x) == 3 and cvae.detail_gain(x, x / 2) == 1  # within bounds
+    vae = cvae.VAE(64, 8)
+    assert torch.equal(vae.sharpen(x), x)
+    vae.gain.fill_(2.0)
+    assert torch.allclose(vae.sharpen(x), x + fine, atol=1e-6)
+    assert vae.sharpen(torch.rand(1, 3, 8, 8).round()).max() == 1  # still a picture
+
+
 def test_ssim_and_the_original_loss_agree_with_their_definitions():
     torch.manual_seed(0)
     a, b = torch.rand(2, 2, 3, 14, 14)
@@ -790,6 +807,7 @@ class ReportVAE(cvae.VAE):
         nn.Module.__init__(self)
         self.shape = (cvae.FLAT, 1, 1)
         self.register_buffer("variance", torch.tensor(1 / 12))
+        self.register_buffer("gain", torch.tensor(1.0))
         self.condition = cvae.Condition(condition_dim, 32)  # the report's shrinking layer
 
         def layer(conv):
@@ -2197,6 +2215,7 @@ def judge_photographs_run(run, data_path, judge, guidances=(1, cvae.GUIDANCE), c
     figures = {"real": judge_kinds(judge, x, labels[test], real)}
     rebuilt = torch.cat([models["vae"](*some, cvae.PICTURE)[0] for some in zip(x.split(100), data["image_embeddings"][test].split(100))])
     figures["reconstructed"] = judge_kinds(judge, rebuilt, labels[test], real)
+    figures["reconstructed, sharpened"] = judge_kinds(judge, models["vae"].sharpen(rebuilt), labels[test], real)
     texts = cvae.encode_texts(cvae.load_clip(config["clip"]), [prompt_of(kind) for kind in KINDS])
     own = torch.arange(16).repeat_interleave(count)
     for guidance in guidances:
