@@ -199,7 +199,7 @@ def encode_images(model, images):
     for some in batches:
         pixels = some.float() / 255 if some.dtype == torch.uint8 else some
         if pixels.shape[-1] != resolution:
-            pixels = F.interpolate(pixels, (resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
+            pixels = F.interpolate(pixels, (resolution,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
         # CLIP was trained on pixels normalised by these constants; the report fed it raw [0, 1] values
         pixels = (pixels - CLIP_MEAN.to(pixels.device)) / CLIP_STD.to(pixels.device)
         with cpu_autocast():
@@ -226,8 +226,8 @@ def encode_texts(model, texts):
     return torch.cat(embeddings)
 
 
-# An embedding never changes, so `prepare` (appendix C) computes them once and writes one data file with pixels,
-# embeddings and parts. The report ran CLIP anew for every image of every epoch.
+# An embedding never changes, so `prepare` (appendix C) computes them once and writes one data file with
+# pixels, embeddings and parts. The report ran CLIP anew for every image of every epoch.
 #
 # The gap. CLIP pulls pairs together, but only relative to mismatches: images and captions end up in two
 # separate narrow cones ("Mind the gap", Liang et al. 2022, arXiv 2203.02053). The report trained on image
@@ -302,7 +302,7 @@ SHRUNK = 32          # the condition's share of the channels, the report's
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions that correct their input (He et al. 2015, arXiv 1512.03385): same shape in and out.
+    """Two 3x3 convolutions that correct their input (He et al. 2015, arXiv 1512.03385): shape in = shape out.
 
     Group norm, because batch norm's statistics differ between training and sampling. The last
     convolution starts at zero, so that a new block changes nothing.
@@ -320,7 +320,8 @@ class ResBlock(nn.Module):
 
 def enlarge(above, width, kernel=1, times=2):
     """Double the side: each cell becomes 2x2 cells of its own (sub-pixel convolution, arXiv 1609.05158)."""
-    return nn.Sequential(nn.Conv2d(above, times**2 * width, kernel, padding=kernel // 2), nn.PixelShuffle(times))
+    conv = nn.Conv2d(above, times**2 * width, kernel, padding=kernel // 2)
+    return nn.Sequential(conv, nn.PixelShuffle(times))
 
 
 class VAE(nn.Module):
@@ -379,7 +380,7 @@ class VAE(nn.Module):
         return torch.sigmoid((self.decoder(h) + self.short_out(z)).float())
 
     def sharpen(self, picture):
-        """Turn fine detail up to the strength that photographs have: same shape. For looking at, see section 4."""
+        """Turn fine detail up to the strength that photographs have (section 4): the same shape."""
         return (picture + (self.gain - 1) * detail(picture)).clamp(0, 1)
 
     def forward(self, x, embedding, kind):
@@ -575,7 +576,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
     epoch_steps = len(part.rows) // batch
     total = part.epochs * epoch_steps
     models[part.name] = mean = deepcopy(network).requires_grad_(False).eval()
-    # AdamW gives each weight a step of its own size (arXiv 1711.05101); a memory of 100 steps suits short trainings
+    # AdamW gives each weight a step of its own size (arXiv 1711.05101), by a memory of some hundred steps
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     learners = {"network": network, "mean": mean, "optimizer": optimizer, "scaler": scaler}
@@ -596,7 +597,8 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
     with noted_interrupts() as interrupted:
         while state["step"] < total:
             epoch, began, first = state["step"] // epoch_steps + 1, time.perf_counter(), state["step"]
-            mean_loss = train_epoch(part, state, total, batch, config["seed"], mean, optimizer, scaler, interrupted)
+            mean_loss = train_epoch(part, state, total, batch, config["seed"], mean, optimizer, scaler,
+                                    interrupted)
             speed = (state["step"] - first) * batch / (time.perf_counter() - began)
             if state["step"] % epoch_steps == 0:  # the epoch is complete
                 figures = part.examine(mean)
@@ -608,16 +610,17 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
                 if figures["loss"] < state["best"]:
                     state["best"] = figures["loss"]
                     save_checkpoint(run / "best.pt", config, models, history)
+                measured = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
                 print(f"{part.name}, epoch {epoch}/{part.epochs}: training loss {mean_loss:.3f}, validation "
-                      + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f"; {speed:.0f} images/s")
+                      f"{measured}; {speed:.0f} images/s")
                 if time.monotonic() - drawn > 60 or epoch == part.epochs:  # pictures take a second or two
                     save_curves(run / "loss.png", history)
                     part.draw(run / "epoch.png", mean)
                     drawn = time.monotonic()
             save_last()
             if interrupted and not is_finished(config, state):
-                raise KeyboardInterrupt(f"Stopped at step {state['step']} of {total}, nothing is lost. Go on with: "
-                                        f"python cvae.py train --resume --run {run}")
+                raise KeyboardInterrupt(f"Stopped at step {state['step']} of {total}, nothing is lost. Go on "
+                                        f"with: python cvae.py train --resume --run {run}")
 
 
 def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interrupted):
@@ -739,7 +742,7 @@ class Block(nn.Module):
     def forward(self, h, steering):
         shift_a, scale_a, gate_a, shift_d, scale_d, gate_d = self.steer(steering)[:, None].chunk(6, dim=2)
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_a) + shift_a               # (N, T, W)
-        q, k, v = self.to_qkv(normed).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)  # (N, heads, T, 64) each
+        q, k, v = self.to_qkv(normed).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)  # (N, heads, T, 64)
         mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / 8) v: each token asks all others
         h = h + gate_a * self.from_heads(mixed.transpose(1, 2).flatten(2))
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_d) + shift_d
@@ -765,8 +768,8 @@ class Flow(nn.Module):
         for layer in (self.steer, self.to_velocity):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        # where the codes lie: the flow works on codes of mean 0 and variance 1 in each channel, the noise's own
-        # size, so that the middle of the way is a fair mixture of the two
+        # where the codes lie: the flow works on codes of mean 0 and variance 1 in each channel, as noise has,
+        # so that the middle of the way is a fair mixture of the two
         self.register_buffer("center", torch.zeros(channels, 1, 1))
         self.register_buffer("scale", torch.ones(channels, 1, 1))
 
@@ -776,7 +779,8 @@ class Flow(nn.Module):
         grid = h.shape[2:]
         h = self.to_tokens(h.flatten(2).transpose(1, 2)) + self.position                # (N, T, W)
         # a wave for each of many frequencies, slow to fast, tells distant times apart as well as nearby ones
-        waves = 1000 * t[:, None] * torch.exp(-math.log(10000) * torch.linspace(0, 1, TIME // 2, device=t.device))
+        octaves = torch.linspace(0, 1, TIME // 2, device=t.device)
+        waves = 1000 * t[:, None] * torch.exp(-math.log(10000) * octaves)
         time = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))                  # (N, W)
         steering = F.silu(time + self.condition(embedding, kind))                       # (N, W)
         for block in self.blocks:
@@ -804,7 +808,7 @@ def flow_loss(flow, z, embedding, kind, drop=0.1):
 def prior_part(vae, images, data, config, device, dtype, models):
     """What fit needs to train the prior on the codes of a trained VAE."""
     everyone = torch.arange(len(images), device=device)
-    mu, sigma = encode_photographs(vae, images, data, everyone, device, config["flip"])  # once, kept in memory
+    mu, sigma = encode_photographs(vae, images, data, everyone, device, config["flip"])  # once
     rows = rows_of(data, TRAINING)
     torch.manual_seed(config["seed"])
     flow = Flow(vae.shape, config["condition_dim"], config["prior_width"])
@@ -835,7 +839,8 @@ def prior_part(vae, images, data, config, device, dtype, models):
         torch.manual_seed(0)
         losses = []
         for some in unseen.repeat(2).split(256):  # two noises for each
-            losses.append(flow_loss(mean, draw_code(some), data["caption_embeddings"][some, 0], CAPTION, drop=0.0))
+            captions = data["caption_embeddings"][some, 0]
+            losses.append(flow_loss(mean, draw_code(some), captions, CAPTION, drop=0.0))
         return {"loss": torch.stack(losses).mean().item()}
 
     return SimpleNamespace(
@@ -860,8 +865,8 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
         if guidance != 1:
             without = flow(z, t.expand(len(z)), embedding, NOTHING)
             velocity = without + guidance * (velocity - without)
-        # A straight step (Euler's method) cuts every corner, and the pictures lose their contrast. So we also lean
-        # the way the velocity has been turning: the Adams-Bashforth method, twice the order at the same price.
+        # A straight step (Euler's method) cuts every corner, and the pictures lose their contrast. So we also
+        # lean the way the velocity has been turning: the Adams-Bashforth method, of order two at no more cost.
         ahead = velocity if before is None else 1.5 * velocity - 0.5 * before
         z, before = z + (t_next - t) * ahead, velocity
         way.append(z)
@@ -871,8 +876,8 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
 # %% 7. Sampling ------------------------------------------------------------------------------------
 # A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a
 # code for it, the decoder draws the code. A photograph in a prompt's place (`sample --image`) goes through
-# CLIP's image encoder, and its kind of condition is PICTURE. `--interpolate` keeps the noise and walks from one
-# prompt's condition to another's. `--rerank` draws more than it shows, and CLIP keeps the nearest, as in DALL-E.
+# CLIP's image encoder, and its kind of condition is PICTURE. `--interpolate` keeps the noise and walks from
+# one prompt's condition to another's. `--rerank` lets CLIP keep the nearest of many, as in DALL-E.
 
 GUIDANCE = 2.0  # chosen on the validation part, with sureness and variety both in view
 STEPS = 16      # more change little
@@ -951,8 +956,9 @@ def nearest(images, others):
 
 def answer_questions(images, own, texts, reference, training):
     """All four questions about embedded pictures (N, D) whose captions are texts[own]: a dict of figures."""
-    return caption_match(images, own, texts) | {"diversity": diversity(images, own), "CMMD": cmmd(images, reference),
-                                                "nearest": nearest(images, training)[0].median().item()}
+    return caption_match(images, own, texts) | {
+        "diversity": diversity(images, own), "CMMD": cmmd(images, reference),
+        "nearest": nearest(images, training)[0].median().item()}
 
 
 @torch.no_grad()
@@ -968,7 +974,8 @@ def measure_samples(models, images, data, clip_model, guidances, steps, seed, de
     real_training = torch.cat([encode_images(clip_model, take(images, rows, device)) for rows in
                                tqdm(training.split(256), desc="training photographs", leave=False)])
     # a hundred different captions: everyone's first; where those are too few, also their second, ...
-    captions = list(dict.fromkeys(data["captions"][row][k] for k in range(CAPTIONS) for row in test.tolist()))[:100]
+    captions = dict.fromkeys(data["captions"][row][k] for k in range(CAPTIONS) for row in test.tolist())
+    captions = list(captions)[:100]
     texts = encode_texts(clip_model, captions)                                          # (100, D)
     asked = [(place, captions.index(caption)) for place, row in enumerate(test.tolist())
              for caption in dict.fromkeys(data["captions"][row]) if caption in captions]
@@ -996,9 +1003,11 @@ GROUNDS = {"grass": ("on green grass", "in a meadow"), "snow": ("in the snow", "
            "field": ("on a bare field", "on brown earth")}
 SKIES = {"blue": ("under a blue sky", "on a sunny day"), "grey": ("under a grey sky", "on a cloudy day"),
          "sunset": ("at sunset", "under a red evening sky"), "night": ("at night", "under the stars")}
-RELIEFS = {"hills": ("with hills behind", "below a hill"), "mountains": ("in front of mountains", "in the mountains")}
+RELIEFS = {"hills": ("with hills behind", "below a hill"),
+           "mountains": ("in front of mountains", "in the mountains")}
 # never drawn, neither for CLIP nor for the VAE: what the model makes of these, it composed by itself
-UNSEEN = [("cow", "snow", "sunset"), ("sheep", "field", "night"), ("horse", "grass", "grey"), ("sheep", "snow", "blue")]
+UNSEEN = [("cow", "snow", "sunset"), ("sheep", "field", "night"), ("horse", "grass", "grey"),
+          ("sheep", "snow", "blue")]
 SKY_COLOURS = {"blue": ((60, 130, 225), (175, 215, 245)), "grey": ((135, 140, 146), (190, 193, 196)),
                "sunset": ((120, 70, 130), (255, 160, 70)), "night": ((8, 12, 40), (38, 48, 100))}  # top, horizon
 GROUND_COLOURS = {"grass": (84, 158, 52), "snow": (236, 241, 249), "field": (156, 108, 62)}
@@ -1273,7 +1282,7 @@ def readable(records, read):
 
 
 def read_records(path):
-    """Images and annotations of a COCO captions file, without those that can't be read; says how many those are."""
+    """Images and annotations of a COCO captions file; those that can't be read are counted and left out."""
     try:
         content = json.loads(Path(path).read_bytes())
         listed = list(content["images"]), list(content["annotations"])
@@ -1478,7 +1487,7 @@ def pool_images(images, size):
 
 
 def to_device(images, device):
-    """Put the whole tensor on the device; if it would take over half of a card's free memory, keep it in RAM."""
+    """Put the whole tensor on the device; what would fill over half of a card's free memory stays in RAM."""
     if device.type == "cuda" and images.nbytes > 0.5 * torch.cuda.mem_get_info()[0]:
         print(f"{images.nbytes / 1e9:.1f} GB of pictures stay in host memory; batches are copied as needed.")
         return images
@@ -1503,10 +1512,11 @@ def ssim(a, b):
 
 @torch.no_grad()
 def encode_photographs(vae, images, data, rows, device, flip=False):
-    """Where the encoder puts photographs of the data, and their mirror images: mu, sigma (n, 1 or 2, C, s, s)."""
+    """Where the encoder puts photographs, and their mirror images: mu, sigma (n, 1 or 2, C, s, s)."""
     mu = torch.empty(len(rows), 2 if flip else 1, *vae.shape, device=device)
     sigma = torch.empty_like(mu)
-    for place in tqdm(torch.arange(len(rows), device=device).split(64), desc="encoding photographs", leave=False):
+    places = torch.arange(len(rows), device=device)
+    for place in tqdm(places.split(64), desc="encoding photographs", leave=False):
         x = take(images, rows[place], device)
         for version in range(mu.shape[1]):
             seen = x.flip(3) if version else x
@@ -1520,7 +1530,7 @@ def encode_photographs(vae, images, data, rows, device, flip=False):
 def save_checkpoint(path, config, models, history, training=None):
     """Write what sampling needs and, in last.pt, what resuming needs besides."""
     weights = {name: network and network.state_dict() for name, network in models.items()}
-    content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "history": history, **weights}
+    content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "history": history} | weights
     save(content | ({"training": training} if training else {}), path)
 
 
@@ -1577,7 +1587,7 @@ def open_run(args):
 
 
 def compiled(network, example, wanted):
-    """The network compiled by torch.compile on CUDA, proven by one call; the network itself where it can't be."""
+    """The network, compiled by torch.compile on CUDA and proven by one call; as it is where it can't be."""
     if example[0].device.type != "cuda" or not wanted:
         return network
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
@@ -1686,7 +1696,7 @@ def noted_interrupts():
 
 
 def sample_path(folder, label):
-    """A new file name in `folder` made of the label's letters and digits, of any script, and of nothing else."""
+    """A new file name in `folder`, made of the label's letters and digits of any script, and nothing else."""
     text = unicodedata.normalize("NFKC", label).lower()
     text = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
     name = re.sub("-+", "-", text).encode()[:120].decode(errors="ignore").strip("-") or "sample"
@@ -1746,7 +1756,8 @@ def save_reconstructions(path, vae, images, data, rows, device):
     """Draw photographs of the data, above what the VAE makes of them."""
     x = take(images, rows, device)
     picture = vae(x, data["image_embeddings"][rows], PICTURE)[0]
-    save_grid(path, [x, picture, vae.sharpen(picture)], ["photographs", "reconstructions", "the same, sharpened"])
+    rows, labels = [x, picture, vae.sharpen(picture)], ["photographs", "reconstructions", "the same, sharpened"]
+    save_grid(path, rows, labels)
 
 
 @torch.no_grad()
@@ -1762,7 +1773,7 @@ def save_samples(path, models, images, data, rows, device):
 
 @torch.no_grad()
 def save_comparison(path, runs, prompts, device):
-    """Four rows of samples for the same prompts: flat or grid codes (the runs), N(0, I) or the flow as prior."""
+    """Four rows of samples for the same prompts: flat or grid codes (the runs), N(0, I) or flow as prior."""
     rows, labels = [], []
     for latents, run in runs.items():
         models, config = load_models(Path(run) / "best.pt", device)
@@ -2055,7 +2066,7 @@ def plain_name(text):
 
 DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "channels": CHANNELS, "prior": "flow",
             "objective": "elbo", "dropout": 0.0, "epochs": 30, "prior_epochs": 100, "batch": 16, "lr": 3e-3,
-            "prior_lr": 3e-3, "prior_width": 192, "seed": 0, "flip": True, "compile": True}
+            "prior_lr": 1.5e-3, "prior_width": 192, "seed": 0, "flip": True, "compile": True}
 CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
 
 
@@ -2126,7 +2137,8 @@ def demo(args):
         step = parse_arguments(shlex.split(line))
         step.function(step)
 
-    type_in(f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt")
+    type_in(f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt "
+            "--data data/toy.pt")
     type_in(f"{train} --channels 8")
     grid = newest_run("best.pt")
     type_in(f"sample -n 4 {shlex.join(DEMO_PROMPTS)}")
