@@ -357,8 +357,9 @@ class VAE(nn.Module):
             enlarge(eighth, quarter), ResBlock(quarter),                                # (N, 64, S/4, S/4)
             enlarge(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                   # (N, 32, S/2, S/2)
             enlarge(half, 3, kernel=3))                                                 # (N, 3, S, S)
-        self.register_buffer("variance", torch.tensor(1 / 12))  # the Gaussian decoder's, found in training,
-        self.register_buffer("gain", torch.tensor(1.0))         # and that of fine detail: section 4 has both
+        # both are found in training, see section 4
+        self.register_buffer("variance", torch.tensor(1 / 12))  # of the Gaussian around a decoded picture
+        self.register_buffer("gain", torch.tensor(1.0))         # of fine detail
 
     def beside(self, h, embedding, kind):
         """Concatenate the condition to a map, the same in every cell: (N, C, s, s) -> (N, C + 32, s, s)."""
@@ -456,10 +457,10 @@ def original_loss(picture, x, kl, kl_weight=1.0, variance=None):
 OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 
 
-# A code stands for many pictures, and the decoder answers with their mean, which is smoother than any of them:
-# fur and leaves average out. To the likelihood this is noise of variance s², but a picture drawn with such
-# noise is grainy. So pictures to look at get their lost detail back in another way: what fine detail there is
-# is turned up, by one number, until it is as strong as in photographs. It is found in training, as s² is.
+# A code stands for many pictures, and the decoder answers with their mean, which is smoother than any of
+# them: fur and leaves average out. To the likelihood what is lost is noise, but a picture drawn with noise of
+# variance s² is grainy. So for looking at, the detail that there is is turned up, by one number, until it is
+# as strong as in photographs (of the validation part).
 
 def detail(pictures):
     """What a blur over 3x3 pixels takes away from pictures (N, 3, S, S): the same shape."""
@@ -470,6 +471,7 @@ def detail_gain(picture, x):
     """How many times stronger the detail of photographs x is than that of their reconstructions: a scalar."""
     return (detail(x).square().mean() / detail(picture).square().mean()).sqrt().clamp(1, 3)
 
+
 # %% 5. Training ------------------------------------------------------------------------------------
 # Both networks, the VAE and (section 6) the prior, are trained by the same loop. All pictures fit in memory as
 # bytes (20,000 at 128 pixels are 1 GB), so there is no DataLoader: the whole uint8 tensor lives on the
@@ -477,23 +479,11 @@ def detail_gain(picture, x):
 #
 # All randomness of step n comes from a generator seeded with (seed, n). So a run is determined by its
 # configuration, and resuming needs no more than weights, optimiser state and n.
+#
+# `fit` is the loop. `vae_part`, and `prior_part` in section 6, bring what it needs of each network, above all
+# a loss. `train` (appendix C) calls fit with the one and then, with the VAE's best weights, with the other.
 
-CHECKPOINT_VERSION = 5
 WARM_UP = 50  # steps over which the learning rate rises
-
-
-def rows_of(data, part):
-    """The numbers of the photographs in one part of the data: (n,)."""
-    return (data["part"] == part).nonzero()[:, 0]
-
-
-def take(images, rows, device):
-    """Pictures by number as floats in [0, 1], channels last (faster convolutions): (n, 3, S, S)."""
-    batch = images[rows.to(images.device)]
-    if device.type == "cuda" and batch.device != device:
-        batch = batch.pin_memory()  # page-locked, so that the copy runs beside the arithmetic
-    batch = batch.to(device, non_blocking=True)
-    return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
 def learning_rate(step, total, peak):
@@ -530,19 +520,27 @@ def vae_part(vae, images, data, config, device, dtype):
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
         with autocast(device, dtype):
             picture, kl = forward(x, *draw_condition(data, rows, device))
-        seen, share = picture.detach(), max(0.01, 1 / (step + 1))  # running means over the last hundred steps
-        vae.variance.lerp_(F.mse_loss(seen, x) + QUANTISATION, share)
-        vae.gain.lerp_(detail_gain(seen, x), share)
+        mse = F.mse_loss(picture.detach(), x) + QUANTISATION
+        vae.variance.lerp_(mse, max(0.01, 1 / (step + 1)))  # a running mean over the last hundred steps
         # the KL fades in over the first eighth: a code must say something before it is taxed
         return objective(picture, x, kl, min(1, 8 * step / total))
 
     x = take(images, rows[:512], device)
     grey = x.mean((0, 2, 3), keepdim=True).expand_as(x)  # the best that can be said without looking
     unseen = rows_of(data, VALIDATION)
+
+    @torch.no_grad()
+    def examine(mean):
+        some = unseen[:256]
+        picture, _ = mean(take(images, some, device), data["image_embeddings"][some], PICTURE)
+        for network in vae, mean:
+            network.gain.copy_(detail_gain(picture, take(images, some, device)))
+        return measure_vae(mean, images, data, unseen, device, objective)
+
     return SimpleNamespace(
         name="vae", network=vae, rows=rows, batch=config["batch"], epochs=config["epochs"], rate=config["lr"],
         option="--lr", loss=loss, ignorance=objective(grey, x, torch.zeros(len(x), device=device)).item(),
-        examine=lambda mean: measure_vae(mean, images, data, unseen, device, objective),
+        examine=examine,
         draw=lambda path, mean: save_reconstructions(path, mean, images, data, unseen[:8], device))
 
 
@@ -653,48 +651,6 @@ def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interr
                 must_be_sane(mean_loss, part)
                 bar.set_postfix(loss=f"{mean_loss:.3f}")
     return float(state["running"]) / offset
-
-
-def train(args):
-    """Train the VAE, then the prior on its codes; write a run folder with checkpoints and pictures.
-
-    The run's configuration is stored in its checkpoints, so --resume needs no other option.
-    """
-    device = choose_device(args.device)
-    dtype, why = choose_precision(device, args.precision)
-    run, config, checkpoint = open_run(args)
-    data = load_data(config["data"], device, config.get("fingerprint"))
-    config |= {"condition_dim": data["image_embeddings"].shape[-1]}
-    config |= {name: data[name] for name in ("clip", "clip_fingerprint", "fingerprint")}
-    images = to_device(pool_images(data["images"], config["size"]), device)             # uint8 (N, 3, S, S)
-    run = run if checkpoint else claim_run(run, config)
-    torch.manual_seed(config["seed"])
-    vae = VAE(config["size"], config["condition_dim"], config["latents"], config["dropout"],
-              config["channels"])
-    vae.condition.learn_statistics(data, rows_of(data, TRAINING))
-    vae = vae.to(device, memory_format=torch.channels_last)
-    print(f"{run}: {len(rows_of(data, TRAINING))} photographs of {config['size']} pixels, on {device.type} in "
-          f"{str(dtype).removeprefix('torch.')} ({why}); the VAE has "
-          f"{sum(p.numel() for p in vae.parameters()):,} parameters")
-    models = {"vae": vae, "prior": None}
-    history = checkpoint["history"] if checkpoint else {"vae": [], "prior": []}
-    saved = checkpoint["training"] if checkpoint else {"part": "vae"}
-
-    if saved["part"] == "vae":
-        part = vae_part(vae, images, data, config, device, dtype)
-        fit(part, run, config, models, history, device, dtype, saved if checkpoint else None)
-        best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["vae"]  # of the best validation
-    else:
-        best = checkpoint["vae"]
-    vae.load_state_dict(best)
-    models["vae"] = vae.requires_grad_(False).eval()
-    if config["prior"] == "flow":
-        part = prior_part(vae, images, data, config, device, dtype, models)
-        print(f"{run}: now the prior, {sum(p.numel() for p in part.network.parameters()):,} parameters")
-        fit(part, run, config, models, history, device, dtype, saved if saved["part"] == "prior" else None)
-        best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["prior"]
-        models["prior"].load_state_dict(best)
-    save_prior_picture(run / "prior.png", models, images, data, device)
 
 
 # %% 6. The prior -----------------------------------------------------------------------------------
@@ -879,7 +835,7 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
 # CLIP's image encoder, and its kind of condition is PICTURE. `--interpolate` keeps the noise and walks from
 # one prompt's condition to another's. `--rerank` lets CLIP keep the nearest of many, as in DALL-E.
 
-GUIDANCE = 2.0  # chosen on the validation part, with sureness and variety both in view
+GUIDANCE = 1.6  # chosen on the validation part, with sureness and variety both in view
 STEPS = 16      # more change little
 
 
@@ -1008,8 +964,9 @@ RELIEFS = {"hills": ("with hills behind", "below a hill"),
 # never drawn, neither for CLIP nor for the VAE: what the model makes of these, it composed by itself
 UNSEEN = [("cow", "snow", "sunset"), ("sheep", "field", "night"), ("horse", "grass", "grey"),
           ("sheep", "snow", "blue")]
+# of the sky the colours at the top and at the horizon
 SKY_COLOURS = {"blue": ((60, 130, 225), (175, 215, 245)), "grey": ((135, 140, 146), (190, 193, 196)),
-               "sunset": ((120, 70, 130), (255, 160, 70)), "night": ((8, 12, 40), (38, 48, 100))}  # top, horizon
+               "sunset": ((120, 70, 130), (255, 160, 70)), "night": ((8, 12, 40), (38, 48, 100))}
 GROUND_COLOURS = {"grass": (84, 158, 52), "snow": (236, 241, 249), "field": (156, 108, 62)}
 LIGHT = {"blue": (1, 1, 1), "grey": (0.9, 0.9, 0.92), "sunset": (1, 0.86, 0.78), "night": (0.56, 0.6, 0.72)}
 TOY_IMAGES = 3000
@@ -1290,7 +1247,8 @@ def read_records(path):
         raise Stop(f"There is no captions file at {path}; --coco names COCO's folder, --split its part "
                    "(train2017, val2017).") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Stop(f"{path} is not a COCO captions file ({type(error).__name__}: {first_line(error)}).") from error
+        raise Stop(f"{path} is not a COCO captions file ({type(error).__name__}: "
+                   f"{first_line(error)}).") from error
     fields = {field for record in listed[1] if isinstance(record, dict) for field in record}
     if "caption" not in fields and "category_id" in fields:
         raise Stop(f"{path} holds COCO's instances (outlines of objects), not captions; the file that is "
@@ -1301,7 +1259,7 @@ def read_records(path):
     if bad > 0.05 * total:
         raise Stop(f"{path} is not a COCO captions file: {bad} of its {total} records can't be read.")
     if bad:
-        print(f"{bad} of {total} records in {path} can't be read (no id, caption, name or size) and are skipped.")
+        print(f"{bad} of {total} records in {path} can't be read (no id, caption, name or size): skipped.")
     for image in images:  # a name from a file is a place below a folder, not a path to anywhere
         if not re.fullmatch(r"(\w[\w .()+-]*/)*\w[\w .()+-]*", image["file_name"]):
             raise Stop(f"{path} names the photograph {image['file_name']!r}, which is not a plain file name; "
@@ -1478,6 +1436,11 @@ def load_data(path, device=torch.device("cpu"), fingerprint=None):
     return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "part")}
 
 
+def rows_of(data, part):
+    """The numbers of the photographs in one part of the data: (n,)."""
+    return (data["part"] == part).nonzero()[:, 0]
+
+
 def pool_images(images, size):
     """uint8 (N, 3, 128, 128) -> uint8 (N, 3, size, size), by averaging."""
     if images.shape[-1] == size:
@@ -1492,6 +1455,15 @@ def to_device(images, device):
         print(f"{images.nbytes / 1e9:.1f} GB of pictures stay in host memory; batches are copied as needed.")
         return images
     return images.to(device)
+
+
+def take(images, rows, device):
+    """Pictures by number as floats in [0, 1], channels last (faster convolutions): (n, 3, S, S)."""
+    batch = images[rows.to(images.device)]
+    if device.type == "cuda" and batch.device != device:
+        batch = batch.pin_memory()  # page-locked, so that the copy runs beside the arithmetic
+    batch = batch.to(device, non_blocking=True)
+    return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
 def ssim(a, b):
@@ -1527,11 +1499,13 @@ def encode_photographs(vae, images, data, rows, device, flip=False):
 
 # Runs and checkpoints ------------------------------------------------------------------------------
 
+CHECKPOINT_VERSION = 5
+
 def save_checkpoint(path, config, models, history, training=None):
     """Write what sampling needs and, in last.pt, what resuming needs besides."""
     weights = {name: network and network.state_dict() for name, network in models.items()}
-    content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "history": history} | weights
-    save(content | ({"training": training} if training else {}), path)
+    content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "history": history}
+    save(content | weights | ({"training": training} if training else {}), path)
 
 
 def newest_run(name):
@@ -1833,7 +1807,7 @@ COCO_URL = "http://images.cocodataset.org"  # plain http: its certificate does n
 def fetch(url, path, check, show=False):
     """Download `url` to `path`: retried with back-off, checked, renamed into place only when whole.
 
-    With show, a bar shows the bytes. check(temporary path) raises ValueError for content that is not what was wanted.
+    With show, a bar shows the bytes. check(temporary path) raises ValueError for content that was not wanted.
     Raises Stop for an address that is not http(s), OSError or ValueError after the last attempt.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
@@ -1928,8 +1902,7 @@ def fetch_photographs(photographs, folder, base_url):
 
 
 # %% Appendix C. The commands --------------------------------------------------------------------------
-# What `python cvae.py prepare`, `sample`, `evaluate` and `demo` do with all this (`train` is in section 5), and
-# what can be said to them.
+# What `python cvae.py prepare`, `train`, `sample`, `evaluate` and `demo` do with all this, and their options.
 
 def prepare(args):
     """Fetch what is missing, crop, embed with CLIP, and write one data file for all trainings."""
@@ -1952,9 +1925,11 @@ def prepare(args):
     kept = [on_disk[i] for i in kept]
     # a photograph with fewer than five captions repeats them, one with more keeps the first five
     captions = [[p["captions"][i % len(p["captions"])] for i in range(CAPTIONS)] for p in kept]
-    caption_embeddings = encode_texts(model, [caption for five in captions for caption in five]).cpu()  # (5N, D)
+    texts = [caption for five in captions for caption in five]
+    caption_embeddings = encode_texts(model, texts).cpu()                               # (5N, D)
     part = split_parts(images)
-    fingerprint = hashlib.sha256(embeddings.numpy().tobytes() + caption_embeddings.numpy().tobytes()).hexdigest()
+    both = embeddings.numpy().tobytes() + caption_embeddings.numpy().tobytes()
+    fingerprint = hashlib.sha256(both).hexdigest()
     save({"kind": "data file", "version": DATA_VERSION, "images": images, "image_embeddings": embeddings,
           "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "captions": captions,
           "ids": [p["id"] for p in kept], "part": part, "fingerprint": fingerprint, "words": words,
@@ -1962,6 +1937,48 @@ def prepare(args):
     sizes = part.bincount().tolist()
     print(f"{args.data}: {sizes[TRAINING]} photographs to learn from, {sizes[VALIDATION]} to choose by, "
           f"{sizes[TEST]} to judge by.")
+
+
+def train(args):
+    """Train the VAE, then the prior on its codes; write a run folder with checkpoints and pictures.
+
+    The run's configuration is stored in its checkpoints, so --resume needs no other option.
+    """
+    device = choose_device(args.device)
+    dtype, why = choose_precision(device, args.precision)
+    run, config, checkpoint = open_run(args)
+    data = load_data(config["data"], device, config.get("fingerprint"))
+    config |= {"condition_dim": data["image_embeddings"].shape[-1]}
+    config |= {name: data[name] for name in ("clip", "clip_fingerprint", "fingerprint")}
+    images = to_device(pool_images(data["images"], config["size"]), device)             # uint8 (N, 3, S, S)
+    run = run if checkpoint else claim_run(run, config)
+    torch.manual_seed(config["seed"])
+    vae = VAE(config["size"], config["condition_dim"], config["latents"], config["dropout"],
+              config["channels"])
+    vae.condition.learn_statistics(data, rows_of(data, TRAINING))
+    vae = vae.to(device, memory_format=torch.channels_last)
+    print(f"{run}: {len(rows_of(data, TRAINING))} photographs of {config['size']} pixels, on {device.type} in "
+          f"{str(dtype).removeprefix('torch.')} ({why}); the VAE has "
+          f"{sum(p.numel() for p in vae.parameters()):,} parameters")
+    models = {"vae": vae, "prior": None}
+    history = checkpoint["history"] if checkpoint else {"vae": [], "prior": []}
+    saved = checkpoint["training"] if checkpoint else {"part": "vae"}
+
+    if saved["part"] == "vae":
+        part = vae_part(vae, images, data, config, device, dtype)
+        fit(part, run, config, models, history, device, dtype, saved if checkpoint else None)
+        best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["vae"]  # of the best validation
+    else:
+        best = checkpoint["vae"]
+    vae.load_state_dict(best)
+    models["vae"] = vae.requires_grad_(False).eval()
+    if config["prior"] == "flow":
+        part = prior_part(vae, images, data, config, device, dtype, models)
+        print(f"{run}: now the prior, {sum(p.numel() for p in part.network.parameters()):,} parameters")
+        fit(part, run, config, models, history, device, dtype, saved if saved["part"] == "prior" else None)
+        best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["prior"]
+        models["prior"].load_state_dict(best)
+    save_prior_picture(run / "prior.png", models, images, data, device)
 
 
 @torch.no_grad()
@@ -2088,7 +2105,8 @@ def add_training_options(p):
     option("--epochs", "of the VAE", type=epochs)
     option("--prior-epochs", "of the prior", type=epochs)
     option("--prior-width", "width of the prior's transformer", type=int, choices=[64, 128, 192, 256, 384, 512])
-    option("--batch", "pictures per step of the VAE; the prior takes four times as many", type=between(int, 1, 4096))
+    option("--batch", "pictures per step of the VAE; the prior takes four times as many",
+           type=between(int, 1, 4096))
     option("--lr", "peak learning rate of the VAE", type=rate)
     option("--prior-lr", "peak learning rate of the prior", type=rate)
     option("--seed", "of all randomness", type=SEED)
@@ -2100,9 +2118,9 @@ def add_training_options(p):
                    help="default: what the device does best")
     p.add_argument("--run", metavar="DIR", help="run folder (default: a new one in runs/)")
     p.add_argument("--resume", action="store_true",
-                   help="go on with --run (default: the newest). More --epochs or --prior-epochs make it longer: the "
-                   "learning rate returns to its plateau and descends at the new end. A finished run's prior can be "
-                   "trained longer, its VAE can't")
+                   help="go on with --run (default: the newest). More --epochs or --prior-epochs make it "
+                   "longer: the learning rate returns to its plateau and descends at the new end. A finished "
+                   "run's prior can be trained longer, its VAE can't")
 
 
 def add_drawing_options(p):
@@ -2151,14 +2169,14 @@ def demo(args):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Text to picture with a CLIP-conditioned VAE and a learned prior.")
+    parser = argparse.ArgumentParser(description="Text to picture: a CLIP-conditioned VAE, a learned prior.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an expected error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(function, help):
         made = commands.add_parser(function.__name__, help=help, description=help)
         made.set_defaults(function=function)
-        made.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest that PyTorch sees")
+        made.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest there is")
         return made
 
     p = command(prepare, "fetch COCO's matching photographs, crop and embed them: one data file")
