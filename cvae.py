@@ -2159,8 +2159,9 @@ def demo(args):
             "--data data/toy.pt")
     type_in(f"{train} --channels 8")
     grid = newest_run("best.pt")
-    type_in(f"sample -n 4 {shlex.join(DEMO_PROMPTS)}")
-    type_in("evaluate")
+    # drawings of one scene differ little, so a surer guidance costs them no variety
+    type_in(f"sample -n 4 --guidance 2.5 {shlex.join(DEMO_PROMPTS)}")
+    type_in("evaluate --guidance 2.5")
     if args.compare:
         type_in(f"{train} --latents flat")
         runs = {"flat": newest_run("best.pt"), "grid": grid}
@@ -2211,7 +2212,7 @@ def parse_arguments(argv=None):
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
     p.add_argument("--epochs", type=between(int, 1, 1000), default=4,
                    help="of the VAE; fewer is quicker and worse (default: 4)")
-    p.add_argument("--prior-epochs", type=between(int, 1, 1000), default=24, help="of the prior (default: 24)")
+    p.add_argument("--prior-epochs", type=between(int, 1, 1000), default=30, help="of the prior (default: 30)")
     p.add_argument("--compare", action="store_true", help="also train a flat code, and draw all four combinations")
     return parser.parse_args(argv)
 
