@@ -181,10 +181,9 @@ def split_parts(images):
 
 
 # %% 2. CLIP ----------------------------------------------------------------------------------------
-# CLIP (Radford et al. 2021, arXiv 2103.00020) trained an image encoder and a text encoder together, so
-# that a picture and its caption point the same way: cos(image, caption) is high for a pair and low for a
-# mismatch. Only directions count, so every embedding here is scaled to length one. D below is the length of
-# an embedding: 512 for ViT-B/32, the CLIP that prepare uses.
+# CLIP (Radford et al. 2021, arXiv 2103.00020) trained an image encoder and a text encoder together, so that a
+# picture and its caption point the same way: cos(image, caption) is high for a pair and low for a mismatch.
+# Only directions count, so every embedding is scaled to length one. It has D numbers: 512 for ViT-B/32.
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -319,7 +318,7 @@ class ResBlock(nn.Module):
 
 
 def enlarge(above, width, kernel=1, times=2):
-    """Double the side: each cell becomes 2x2 cells of its own (sub-pixel convolution, arXiv 1609.05158)."""
+    """Each cell becomes a square of cells, 2x2 or larger (sub-pixel convolution, arXiv 1609.05158)."""
     conv = nn.Conv2d(above, times**2 * width, kernel, padding=kernel // 2)
     return nn.Sequential(conv, nn.PixelShuffle(times))
 
@@ -344,7 +343,7 @@ class VAE(nn.Module):
             self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * channels, 1)
             self.from_latent = nn.Conv2d(channels + SHRUNK, eighth, 3, padding=1)
             self.short_in = nn.Conv2d(3, 2 * channels, 8, stride=8)
-            self.short_out = enlarge(channels, 3, kernel=3, times=8)  # its squares overlap: no seams
+            self.short_out = enlarge(channels, 3, kernel=3, times=8)  # squares that overlap: fainter seams
         else:  # a convolution as large as its input is a dense layer
             self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * FLAT, side)
             self.from_latent = nn.ConvTranspose2d(FLAT + SHRUNK, eighth, side)
@@ -357,9 +356,8 @@ class VAE(nn.Module):
             enlarge(eighth, quarter), ResBlock(quarter),                                # (N, 64, S/4, S/4)
             enlarge(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                   # (N, 32, S/2, S/2)
             enlarge(half, 3, kernel=3))                                                 # (N, 3, S, S)
-        # both are found in training, see section 4
-        self.register_buffer("variance", torch.tensor(1 / 12))  # of the Gaussian around a decoded picture
-        self.register_buffer("gain", torch.tensor(1.0))         # of fine detail
+        self.register_buffer("variance", torch.tensor(1 / 12))  # of the Gaussian, see section 4
+        self.register_buffer("gain", torch.tensor(1.0))         # of fine detail, likewise
 
     def beside(self, h, embedding, kind):
         """Concatenate the condition to a map, the same in every cell: (N, C, s, s) -> (N, C + 32, s, s)."""
@@ -379,10 +377,6 @@ class VAE(nn.Module):
         z = self.dropout(z)
         h = self.from_latent(self.beside(z, embedding, kind))                           # (N, 96, S/8, S/8)
         return torch.sigmoid((self.decoder(h) + self.short_out(z)).float())
-
-    def sharpen(self, picture):
-        """Turn fine detail up to the strength that photographs have (section 4): the same shape."""
-        return (picture + (self.gain - 1) * detail(picture)).clamp(0, 1)
 
     def forward(self, x, embedding, kind):
         """Reconstruct pictures: x (N, 3, S, S) -> picture (N, 3, S, S), KL (N,) in nats."""
@@ -467,8 +461,13 @@ def detail(pictures):
     return pictures - F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
 
 
+def sharpen(picture, gain):
+    """Pictures (N, 3, S, S) for looking at: their fine detail, turned up."""
+    return (picture + (gain - 1) * detail(picture)).clamp(0, 1)
+
+
 def detail_gain(picture, x):
-    """How many times stronger the detail of photographs x is than that of their reconstructions: a scalar."""
+    """How many times stronger detail is in photographs x than in their reconstructions: a scalar."""
     return (detail(x).square().mean() / detail(picture).square().mean()).sqrt().clamp(1, 3)
 
 
@@ -830,10 +829,9 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
 
 
 # %% 7. Sampling ------------------------------------------------------------------------------------
-# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a
-# code for it, the decoder draws the code. A photograph in a prompt's place (`sample --image`) goes through
-# CLIP's image encoder, and its kind of condition is PICTURE. `--interpolate` keeps the noise and walks from
-# one prompt's condition to another's. `--rerank` lets CLIP keep the nearest of many, as in DALL-E.
+# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a code for
+# it, the decoder draws the code. `sample --image` starts from CLIP's image encoder instead. `--interpolate`
+# keeps the noise and walks from one condition to another. `--rerank` lets CLIP choose from many, as in DALL-E.
 
 GUIDANCE = 1.6  # chosen on the validation part, with sureness and variety both in view
 STEPS = 16      # more change little
@@ -846,13 +844,12 @@ def generate(models, embedding, kind, noise, guidance=GUIDANCE, steps=STEPS):
     for c, z in zip(embedding.split(64), noise.split(64)):  # few enough at a time for any memory
         if models["prior"]:
             z = draw_codes(models["prior"], z, c, kind, guidance, steps)[-1]
-        pictures.append(models["vae"].sharpen(models["vae"].decode(z, c, kind)))
+        pictures.append(sharpen(models["vae"].decode(z, c, kind), models["vae"].gain))
     return torch.cat(pictures)
 
 
 def slerp(a, b, steps):
-    """Points on the arc from vector a (D,) to b (D,): (steps, D). Embeddings live on a sphere; a chord
-    would cut through its inside, where the model has never been."""
+    """Points on the arc from a (D,) to b (D,): (steps, D). A chord would leave the sphere of embeddings."""
     angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1)).clamp(min=1e-4)
     t = torch.linspace(0, 1, steps, device=a.device)[:, None]
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
@@ -868,8 +865,8 @@ def slerp(a, b, steps):
 #     do they look like photographs?       CMMD, a distance between two sets of embeddings
 #     are they copies?                     how far it is from a sample to the nearest training picture
 #
-# Figures that CLIP gives need a yardstick, so real photographs answer the same questions beside them. And CLIP
-# is a kind judge here: the model was trained to please its embeddings. Look at the pictures, too.
+# Real photographs answer the same questions beside them: a yardstick. And CLIP is a kind judge here, since the
+# model was trained on its embeddings. Look at the pictures, too.
 
 
 def caption_match(images, own, texts):
@@ -1730,8 +1727,8 @@ def save_reconstructions(path, vae, images, data, rows, device):
     """Draw photographs of the data, above what the VAE makes of them."""
     x = take(images, rows, device)
     picture = vae(x, data["image_embeddings"][rows], PICTURE)[0]
-    rows, labels = [x, picture, vae.sharpen(picture)], ["photographs", "reconstructions", "the same, sharpened"]
-    save_grid(path, rows, labels)
+    save_grid(path, [x, picture, sharpen(picture, vae.gain)],
+              ["photographs", "reconstructions", "the same, sharpened"])
 
 
 @torch.no_grad()
@@ -2004,7 +2001,7 @@ def sample(args):
             way = draw_codes(models["prior"], noise(1), target, kind, guidance, steps)
             shown = torch.linspace(0, steps, args.n).round().long().tolist()
             decoded = torch.cat([models["vae"].decode(way[step], target, kind) for step in shown])
-            rows.append(models["vae"].sharpen(decoded))
+            rows.append(sharpen(decoded, models["vae"].gain))
             continue
         count = max(args.n, args.rerank)
         start = noise(1).expand(count, -1, -1, -1) if args.interpolate else noise(count)

@@ -205,11 +205,8 @@ def test_fine_detail_is_turned_up_to_the_strength_of_photographs():
     expected = np.sqrt((fine.numpy() ** 2).mean() / (cvae.detail(blurred).numpy() ** 2).mean())
     assert 1 < expected < 3 and cvae.detail_gain(blurred, x).item() == pytest.approx(expected, rel=1e-5)
     assert cvae.detail_gain(torch.full_like(x, 0.5), x) == 3 and cvae.detail_gain(x, x / 2) == 1  # within bounds
-    vae = cvae.VAE(64, 8)
-    assert torch.equal(vae.sharpen(x), x)
-    vae.gain.fill_(2.0)
-    assert torch.allclose(vae.sharpen(x), x + fine, atol=1e-6)
-    assert vae.sharpen(torch.rand(1, 3, 8, 8).round()).max() == 1  # still a picture
+    assert torch.equal(cvae.sharpen(x, 1.0), x) and torch.allclose(cvae.sharpen(x, 2.0), x + fine, atol=1e-6)
+    assert cvae.sharpen(torch.rand(1, 3, 8, 8).round(), 2.0).max() == 1  # still a picture
 
 
 def test_ssim_and_the_original_loss_agree_with_their_definitions():
@@ -2215,7 +2212,7 @@ def judge_photographs_run(run, data_path, judge, guidances=(1, cvae.GUIDANCE), c
     figures = {"real": judge_kinds(judge, x, labels[test], real)}
     rebuilt = torch.cat([models["vae"](*some, cvae.PICTURE)[0] for some in zip(x.split(100), data["image_embeddings"][test].split(100))])
     figures["reconstructed"] = judge_kinds(judge, rebuilt, labels[test], real)
-    figures["reconstructed, sharpened"] = judge_kinds(judge, models["vae"].sharpen(rebuilt), labels[test], real)
+    figures["reconstructed, sharpened"] = judge_kinds(judge, cvae.sharpen(rebuilt, models["vae"].gain), labels[test], real)
     texts = cvae.encode_texts(cvae.load_clip(config["clip"]), [prompt_of(kind) for kind in KINDS])
     own = torch.arange(16).repeat_interleave(count)
     for guidance in guidances:
