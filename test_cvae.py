@@ -1283,6 +1283,29 @@ def test_the_loss_of_ignorance_is_that_of_a_grey_picture(world):
     assert part.ignorance == pytest.approx(0.5 * np.log2(2 * np.pi * np.e * (variance + 1 / 12 / 256**2)) + 8, abs=1e-3)
 
 
+class Blurred(nn.Module):
+    """In a VAE's place: it reconstructs every picture without half of its fine detail."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("variance", torch.tensor(0.01))
+        self.register_buffer("gain", torch.tensor(1.0))
+
+    def forward(self, x, embedding, kind):
+        return x - 0.5 * cvae.detail(x), torch.zeros(len(x))
+
+
+def test_training_finds_how_much_detail_reconstructions_lack(world):
+    data = cvae.load_data(world / "data.pt")
+    images, vae, blurred = cvae.pool_images(data["images"], 64), cvae.VAE(64, 16), Blurred()
+    part = cvae.vae_part(vae, images, data, cvae.DEFAULTS, torch.device("cpu"), torch.float32)
+    part.examine(blurred)
+    x = images[data["part"] == cvae.VALIDATION] / 255
+    fine = cvae.detail(x)
+    expected = np.sqrt((fine.numpy() ** 2).mean() / (cvae.detail(x - 0.5 * fine).numpy() ** 2).mean())
+    assert 1.2 < expected < 2.5 and vae.gain.item() == blurred.gain.item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_disk_that_fills_leaves_the_previous_checkpoint_whole(world, undisturbed, here, monkeypatch):
     original, calls = torch.save, itertools.count(1)
 
