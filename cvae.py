@@ -2209,7 +2209,7 @@ def parse_arguments(argv=None):
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
     p.add_argument("--epochs", type=between(int, 1, 1000), default=4,
                    help="of the VAE; fewer is quicker and worse (default: 4)")
-    p.add_argument("--prior-epochs", type=between(int, 1, 1000), default=36, help="of the prior (default: 36)")
+    p.add_argument("--prior-epochs", type=between(int, 1, 1000), default=30, help="of the prior (default: 30)")
     p.add_argument("--compare", action="store_true", help="also train a flat code, and draw all four combinations")
     return parser.parse_args(argv)
 
