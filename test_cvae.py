@@ -2256,6 +2256,7 @@ def judge_ladder(data, judge, count=32):
     spec = importlib.util.spec_from_file_location("ladder", "ladder.py")
     ladder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ladder)
+    ladder.autocast = lambda device: cvae.autocast(device, cvae.choose_precision(device)[0])  # its own sees through ATEN_CPU_CAPABILITY
     kept = {name: data[name] for name in ("images", "image_embeddings", "caption_embeddings", "captions", "words", "clip", "clip_fingerprint")}
     torch.save(kept | {"kind": "data file", "version": ladder.DATA_VERSION, "ids": torch.arange(len(data["images"])),
                        "held_out": data["part"] != cvae.TRAINING, "split": "train2017"}, "ladder-data.pt")
