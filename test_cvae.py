@@ -1100,7 +1100,7 @@ def test_training_writes_its_pictures_and_its_figures(run_folder, world):
             assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(10**6)) > 50
     history = torch.load(run_folder / "last.pt", weights_only=True)["history"]
     assert len(history["vae"]) == len(history["prior"]) == 2
-    assert history["vae"][1]["train_loss"] < history["vae"][0]["train_loss"]
+    assert history["vae"][1]["loss"] < history["vae"][0]["loss"]  # training's own also carries the KL that fades in
     assert set(history["vae"][0]) == {"train_loss", "loss", "bpd", "kl", "psnr"}
     best = torch.load(run_folder / "best.pt", weights_only=True)["history"]
     assert best["prior"][-1]["loss"] == min(h["loss"] for h in history["prior"])
@@ -1255,7 +1255,7 @@ def test_a_run_is_never_overwritten(world, run_folder):
     assert (run_folder / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("part, option", [("vae", "--lr 0.0015"), ("prior", "--prior-lr 0.0015")])
+@pytest.mark.parametrize("part, option", [("vae", "--lr 0.0015"), ("prior", "--prior-lr 0.00075")])
 def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(world, here, monkeypatch, part, option):
     change_loss(monkeypatch, part, lambda number, network, loss: loss() * (np.nan if number > 5 else 1))
     said = stops("train", "--data", world / "data.pt", "--run", "run", *SMALL, "--epochs", 4, "--prior-epochs", 8)
