@@ -379,10 +379,9 @@ class VAE(nn.Module):
         return torch.sigmoid((self.decoder(h) + self.short_out(z)).float())
 
     def forward(self, x, embedding, kind):
-        """Reconstruct pictures: x (N, 3, S, S) -> picture (N, 3, S, S), KL (N,) in nats."""
+        """Reconstruct x by a draw from q, reparameterised: picture (N, 3, S, S) and KL (N,) in nats."""
         mu, logvar = self.encode(x, embedding, kind)
-        # the reparameterisation z = mu + sigma·e, e ~ N(0, I): randomness that gradients pass through
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # mu + sigma·e: gradients pass through
         return self.decode(z, embedding, kind), kl_divergence(mu, logvar)
 
 
