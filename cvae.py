@@ -530,9 +530,10 @@ def vae_part(vae, images, data, config, device, dtype):
     @torch.no_grad()
     def examine(mean):
         some = unseen[:256]
-        picture, _ = mean(take(images, some, device), data["image_embeddings"][some], PICTURE)
+        x = take(images, some, device)
+        picture, _ = mean(x, data["image_embeddings"][some], PICTURE)
         for network in vae, mean:
-            network.gain.copy_(detail_gain(picture, take(images, some, device)))
+            network.gain.copy_(detail_gain(picture, x))
         return measure_vae(mean, images, data, unseen, device, objective)
 
     return SimpleNamespace(
