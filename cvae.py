@@ -718,6 +718,7 @@ class Flow(nn.Module):
         self.to_tokens = nn.Linear(numbers, width)
         self.position = nn.Parameter(0.02 * torch.randn((side // self.patch) ** 2, width))
         self.blocks = nn.ModuleList(Block(width) for _ in range(DEPTH))
+        self.guess = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, condition_dim))
         self.steer = nn.Linear(width, 2 * width)
         self.to_velocity = nn.Linear(width, numbers)
         for layer in (self.steer, self.to_velocity):
@@ -729,7 +730,8 @@ class Flow(nn.Module):
         self.register_buffer("scale", torch.ones(channels, 1, 1))
 
     def forward(self, z, t, embedding, kind):
-        """Codes on their way z (N, C, s, s), times t (N,), conditions -> velocities (N, C, s, s)."""
+        """Codes on their way z (N, C, s, s), times t (N,), conditions -> velocities (N, C, s, s), and half-way
+        through the blocks a guess at CLIP's embedding of the picture that z becomes, (N, D)."""
         h = F.pixel_unshuffle(z, self.patch)                                            # (N, 4C, s/2, s/2)
         grid = h.shape[2:]
         h = self.to_tokens(h.flatten(2).transpose(1, 2)) + self.position                # (N, T, W)
@@ -738,26 +740,30 @@ class Flow(nn.Module):
         waves = 1000 * t[:, None] * torch.exp(-math.log(10000) * octaves)
         time = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))                  # (N, W)
         steering = F.silu(time + self.condition(embedding, kind))                       # (N, W)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             h = block(h, steering)
+            if number == DEPTH // 2 - 1:
+                guess = self.guess(h.mean(1))                                           # (N, D)
         shift, scale = self.steer(steering)[:, None].chunk(2, dim=2)
         h = self.to_velocity(F.layer_norm(h, (self.width,)) * (1 + scale) + shift)      # (N, T, 4C)
-        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch)        # (N, C, s, s)
+        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch), guess  # (N, C, s, s), (N, D)
 
 
-def flow_loss(flow, z, embedding, kind, drop=0.1):
+def flow_loss(flow, z, embedding, kind, drop=0.1, picture=None):
     """Mean squared error of the guessed velocities of standardised codes z (n, C, s, s): a scalar.
 
-    Two details. Times are logit-normal: the middle of the way, where the guess is hardest, is visited most
-    (Esser et al. 2024, arXiv 2403.03206). In a tenth of the steps the condition is dropped, so that
-    the same network also learns the codes of pictures in general; guidance needs that.
+    Three details. Times are logit-normal: the middle of the way, where the guess is hardest, is visited most
+    (Esser et al. 2024, arXiv 2403.03206). A tenth of the conditions is dropped, so that the network also learns
+    pictures in general; guidance needs that. And the lower half of the network has to guess the picture's own
+    embedding (n, D), if given: it learns sooner what a picture shows when CLIP tells it (REPA, arXiv 2410.06940).
     """
     t = torch.sigmoid(torch.randn(len(z), device=z.device))                             # (n,)
     noise = torch.randn_like(z)
     kind = torch.where(torch.rand(len(z), device=z.device) < drop, NOTHING, kind)
     t_grid = t[:, None, None, None]
-    velocity = flow((1 - t_grid) * z + t_grid * noise, t, embedding, kind)
-    return F.mse_loss(velocity.float(), noise - z)
+    velocity, guess = flow((1 - t_grid) * z + t_grid * noise, t, embedding, kind)
+    loss = F.mse_loss(velocity.float(), noise - z)
+    return loss if picture is None else loss + 0.5 * (1 - F.cosine_similarity(guess.float(), picture).mean())
 
 
 def prior_part(vae, images, data, config, device, dtype, models):
@@ -773,6 +779,7 @@ def prior_part(vae, images, data, config, device, dtype, models):
     variance = mu[rows].var((0, 1, 3, 4)) + (sigma[rows] ** 2).mean((0, 1, 3, 4))
     flow.scale.copy_(variance.sqrt()[:, None, None])
     flow = flow.to(device)
+    pictures = (data["image_embeddings"] - flow.condition.mean[PICTURE]) / flow.condition.std[PICTURE]  # (N, D)
 
     def draw_code(rows):  # anew at every visit: the prior learns where q puts a picture, not one point of it
         version = torch.randint(mu.shape[1], (len(rows),), device=device)  # mirrored or not
@@ -785,7 +792,7 @@ def prior_part(vae, images, data, config, device, dtype, models):
 
     def loss(rows, step, total):
         with autocast(device, dtype):
-            return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device))
+            return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device), picture=pictures[rows])
 
     unseen = rows_of(data, VALIDATION)
 
@@ -801,7 +808,7 @@ def prior_part(vae, images, data, config, device, dtype, models):
     return SimpleNamespace(
         name="prior", network=flow, rows=rows, batch=4 * config["batch"], epochs=config["prior_epochs"],
         rate=config["prior_lr"], option="--prior-lr", loss=loss, examine=examine,
-        ignorance=2.0,  # a network that always guesses zero pays the mean of (e - z)², which is 1 + 1
+        ignorance=2.5,  # who always guesses zero pays the mean of (e - z)², 1 + 1, and half of 1 for the picture
         draw=lambda path, mean: save_samples(path, models, images, data, unseen[:8], device))
 
 
@@ -816,9 +823,9 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
     z, way, before = noise, [noise], None
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     for t, t_next in zip(times[:-1], times[1:]):
-        velocity = flow(z, t.expand(len(z)), embedding, kind)
+        velocity, _ = flow(z, t.expand(len(z)), embedding, kind)
         if guidance != 1:
-            without = flow(z, t.expand(len(z)), embedding, NOTHING)
+            without, _ = flow(z, t.expand(len(z)), embedding, NOTHING)
             velocity = without + guidance * (velocity - without)
         # A straight step (Euler's method) cuts every corner, and the pictures lose their contrast. So we also
         # lean the way the velocity has been turning: the Adams-Bashforth method, of order two at no more cost.
@@ -870,12 +877,9 @@ def slerp(a, b, steps):
 
 
 def caption_match(images, own, texts):
-    """CLIP score (100 · cosine) and R-precision of embedded pictures (N, D) whose captions are texts[own].
-
-    Every caption counts the same, whether one picture has it or ten.
-    """
+    """CLIP score (100 · cosine) and R-precision of embedded pictures (N, D) whose captions are texts[own]."""
     cosines = images @ texts.T                                                          # (N, captions)
-    share = 1 / own.bincount()[own]                                                     # of its caption's vote
+    share = 1 / own.bincount()[own]  # of its caption's vote: all captions count alike
     score, right = cosines.gather(1, own[:, None])[:, 0], (cosines.argmax(1) == own).float()
     mean_score, mean_right = ((share @ values / share.sum()).item() for values in (score, right))
     return {"CLIP score": 100 * mean_score, "R-precision": mean_right}
@@ -1496,7 +1500,7 @@ def encode_photographs(vae, images, data, rows, device, flip=False):
 
 # Runs and checkpoints ------------------------------------------------------------------------------
 
-CHECKPOINT_VERSION = 5
+CHECKPOINT_VERSION = 6
 
 def save_checkpoint(path, config, models, history, training=None):
     """Write what sampling needs and, in last.pt, what resuming needs besides."""
@@ -1715,7 +1719,7 @@ def save_grid(path, rows, labels):
     with new_figure(path, len(rows), 1, (width, 1.65 * len(rows))) as axes:
         for axis, row, label in zip(axes[:, 0], rows, labels):
             strip = make_grid(row.float().cpu(), nrow=len(row), padding=2, pad_value=1.0)
-            axis.imshow(strip.permute(1, 2, 0).numpy())
+            axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="bicubic")
             axis.set_title(label if len(label) <= limit else label[:limit] + " ...", fontsize=9,
                            loc="left", pad=3, parse_math=False)
             axis.axis("off")
