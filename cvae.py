@@ -108,8 +108,6 @@ THEMES = {
 }
 SIZE = 128           # pixels in the data file; a model of 64 pixels averages them down
 CAPTIONS = 5         # captions kept per photograph, COCO's usual number
-DATA = "data/data.pt"  # where prepare writes and train reads
-DATA_VERSION = 2
 TRAINING, VALIDATION, TEST = 0, 1, 2  # the three parts of the data
 
 
@@ -449,7 +447,6 @@ def original_loss(picture, x, kl, kl_weight=1.0, variance=None):
 
 OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 
-
 # A code stands for many pictures, and the decoder answers with their mean, which is smoother than any of
 # them: fur and leaves average out. To the likelihood what is lost is noise, but a picture drawn with noise of
 # variance s² is grainy. So for looking at, the detail that there is is turned up, by one number, until it is
@@ -772,13 +769,12 @@ def prior_part(vae, images, data, config, device, dtype, models):
     mu, sigma = encode_photographs(vae, images, data, everyone, device, config["flip"])  # once
     rows = rows_of(data, TRAINING)
     torch.manual_seed(config["seed"])
-    flow = Flow(vae.shape, config["condition_dim"], config["prior_width"])
+    flow = Flow(vae.shape, config["condition_dim"], config["prior_width"]).to(device)
     flow.condition.learn_statistics(data, rows)
     flow.center.copy_(mu[rows].mean((0, 1, 3, 4))[:, None, None])
     # the variance of all codes is that of their means plus the mean of their variances
     variance = mu[rows].var((0, 1, 3, 4)) + (sigma[rows] ** 2).mean((0, 1, 3, 4))
     flow.scale.copy_(variance.sqrt()[:, None, None])
-    flow = flow.to(device)
     pictures = (data["image_embeddings"] - flow.condition.mean[PICTURE]) / flow.condition.std[PICTURE]  # (N, D)
 
     def draw_code(rows):  # anew at every visit: the prior learns where q puts a picture, not one point of it
@@ -1376,6 +1372,10 @@ def embed_photographs(model, paths, device, batch=32):
 
 
 # Data files ----------------------------------------------------------------------------------------
+
+DATA = "data/data.pt"  # where prepare writes and train reads
+DATA_VERSION = 2
+
 
 def must_be_writable(folder, file=None):
     """Try to write before the work, not after it. Raises Stop with the real reason."""
@@ -2139,6 +2139,7 @@ DEMO_PROMPTS = ["a sheep on green grass under a blue sky", "two cows in the snow
                 "a cow on a bare field under a blue sky", "a horse in the snow at night",
                 "two horses on green grass at sunset", "two sheep on a bare field under a grey sky",
                 "a sheep on a bare field at night", "a cow in the snow at sunset"]  # the last two are unseen
+DEMO_GUIDANCE = 2.5  # drawings of one scene differ little, so a surer guidance costs them no variety
 
 
 def demo(args):
@@ -2160,9 +2161,8 @@ def demo(args):
             "--data data/toy.pt")
     type_in(f"{train} --channels 8")
     grid = newest_run("best.pt")
-    # drawings of one scene differ little, so a surer guidance costs them no variety
-    type_in(f"sample -n 4 --guidance 2.5 {shlex.join(DEMO_PROMPTS)}")
-    type_in("evaluate --guidance 2.5")
+    type_in(f"sample -n 4 --guidance {DEMO_GUIDANCE} {shlex.join(DEMO_PROMPTS)}")
+    type_in(f"evaluate --guidance {DEMO_GUIDANCE}")
     if args.compare:
         type_in(f"{train} --latents flat")
         runs = {"flat": newest_run("best.pt"), "grid": grid}

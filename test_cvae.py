@@ -2098,7 +2098,7 @@ def judge_demo(run, count=32):
     right = {name: {False: [], True: []} for name in ("sky", "ground", "animal", "number", "moon")}
     for scene, text in zip(SCENES, texts):
         torch.manual_seed(0)
-        pictures = cvae.generate(models, text.expand(count, -1), cvae.CAPTION, torch.randn(count, *models["vae"].shape), guidance=2.5)
+        pictures = cvae.generate(models, text.expand(count, -1), cvae.CAPTION, torch.randn(count, *models["vae"].shape), cvae.DEMO_GUIDANCE)
         (sky, ground), answers, unseen = colours(pictures), train_judge()(pictures), scene[:3] in cvae.UNSEEN
         right["animal"][unseen].append(answers[:, 0] == list(cvae.SUBJECTS).index(scene[0]))
         right["ground"][unseen].append(ground == list(cvae.GROUNDS).index(scene[1]))
@@ -2124,9 +2124,9 @@ def test_the_demo_meets_the_bars(here):
             config = torch.load(first / "last.pt", weights_only=True)["config"]
             cvae.main(["train", "--data", "data/toy.pt", "--epochs", str(config["epochs"]), "--prior-epochs", str(config["prior_epochs"]),
                        "--channels", "8", "--prior-width", "128", "--no-flip", "--seed", str(seed), "--run", str(run)])
-            cvae.main(["evaluate", "--guidance", "2.5", "--checkpoint", str(run)])
+            cvae.main(["evaluate", "--guidance", str(cvae.DEMO_GUIDANCE), "--checkpoint", str(run)])
         table = json.loads((run / "evaluation.json").read_text())["table"]
-        figures[f"seed {seed}"] = judge_demo(run) | {"R-precision": table["samples, guidance 2.5"]["R-precision"],
+        figures[f"seed {seed}"] = judge_demo(run) | {"R-precision": table[f"samples, guidance {cvae.DEMO_GUIDANCE:g}"]["R-precision"],
                                                      "R-precision of drawings": table["photographs"]["R-precision"]}
         keep("bars.json", figures)
     print(json.dumps(figures, indent=2))
