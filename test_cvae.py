@@ -2295,7 +2295,7 @@ def test_photographs_meet_the_bars(here):
     figures = judge_ladder(data, judge)
     keep("photographs.json", figures)
     began = time.perf_counter()
-    cvae.main(["train", "--epochs", "6", "--prior-epochs", "140", "--run", "photographs"])
+    cvae.main(["train", "--epochs", "6", "--prior-epochs", "195", "--run", "photographs"])
     figures |= {"minutes": (time.perf_counter() - began) / 60} | judge_photographs_run(Path("photographs/best.pt"), cvae.DATA, judge)
     cvae.main(["evaluate", "--checkpoint", "photographs"])
     table = json.loads(Path("photographs/evaluation.json").read_text())["table"]
