@@ -771,9 +771,10 @@ def prior_part(vae, images, data, config, device, dtype, models):
     torch.manual_seed(config["seed"])
     flow = Flow(vae.shape, config["condition_dim"], config["prior_width"]).to(device)
     flow.condition.learn_statistics(data, rows)
-    flow.center.copy_(mu[rows].mean((0, 1, 3, 4))[:, None, None])
+    some = rows[:3000]  # enough for statistics, and no second copy of all codes
+    flow.center.copy_(mu[some].mean((0, 1, 3, 4))[:, None, None])
     # the variance of all codes is that of their means plus the mean of their variances
-    variance = mu[rows].var((0, 1, 3, 4)) + (sigma[rows] ** 2).mean((0, 1, 3, 4))
+    variance = mu[some].var((0, 1, 3, 4)) + (sigma[some] ** 2).mean((0, 1, 3, 4))
     flow.scale.copy_(variance.sqrt()[:, None, None])
     pictures = (data["image_embeddings"] - flow.condition.mean[PICTURE]) / flow.condition.std[PICTURE]  # (N, D)
 
@@ -782,9 +783,10 @@ def prior_part(vae, images, data, config, device, dtype, models):
         m = mu[rows, version]                                                           # (n, C, s, s)
         return (m + sigma[rows, version] * torch.randn_like(m) - flow.center) / flow.scale
 
+    some = rows[:64]
     with autocast(device, dtype):
-        example = draw_code(rows[:64]), torch.rand(len(rows[:64]), device=device)
-        forward = compiled(flow, (*example, *draw_condition(data, rows[:64], device)), config["compile"])
+        example = draw_code(some), torch.rand(len(some), device=device), *draw_condition(data, some, device)
+        forward = compiled(flow, example, config["compile"])
 
     def loss(rows, step, total):
         with autocast(device, dtype):
