@@ -727,8 +727,7 @@ class Flow(nn.Module):
         self.register_buffer("scale", torch.ones(channels, 1, 1))
 
     def forward(self, z, t, embedding, kind):
-        """Codes on their way z (N, C, s, s), times t (N,), conditions -> velocities (N, C, s, s), and half-way
-        through the blocks a guess at CLIP's embedding of the picture that z becomes, (N, D)."""
+        """Codes on their way (N, C, s, s), times (N,), conditions -> velocities, a guess of the picture (N, D)."""
         h = F.pixel_unshuffle(z, self.patch)                                            # (N, 4C, s/2, s/2)
         grid = h.shape[2:]
         h = self.to_tokens(h.flatten(2).transpose(1, 2)) + self.position                # (N, T, W)
@@ -739,7 +738,7 @@ class Flow(nn.Module):
         steering = F.silu(time + self.condition(embedding, kind))                       # (N, W)
         for number, block in enumerate(self.blocks):
             h = block(h, steering)
-            if number == DEPTH // 2 - 1:
+            if number == DEPTH // 2 - 1:  # half-way: what will CLIP say of the picture? See flow_loss
                 guess = self.guess(h.mean(1))                                           # (N, D)
         shift, scale = self.steer(steering)[:, None].chunk(2, dim=2)
         h = self.to_velocity(F.layer_norm(h, (self.width,)) * (1 + scale) + shift)      # (N, T, 4C)
@@ -783,10 +782,9 @@ def prior_part(vae, images, data, config, device, dtype, models):
         m = mu[rows, version]                                                           # (n, C, s, s)
         return (m + sigma[rows, version] * torch.randn_like(m) - flow.center) / flow.scale
 
-    some = rows[:64]
     with autocast(device, dtype):
-        example = draw_code(some), torch.rand(len(some), device=device), *draw_condition(data, some, device)
-        forward = compiled(flow, example, config["compile"])
+        example = draw_code(rows[:64]), torch.rand(len(rows[:64]), device=device)
+        forward = compiled(flow, (*example, *draw_condition(data, rows[:64], device)), config["compile"])
 
     def loss(rows, step, total):
         with autocast(device, dtype):
