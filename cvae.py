@@ -727,7 +727,7 @@ class Flow(nn.Module):
         self.register_buffer("scale", torch.ones(channels, 1, 1))
 
     def forward(self, z, t, embedding, kind):
-        """Codes on their way (N, C, s, s), times (N,), conditions -> velocities, a guess of the picture (N, D)."""
+        """Noisy codes (N, C, s, s), times (N,), conditions -> velocities, a guess of the picture (N, D)."""
         h = F.pixel_unshuffle(z, self.patch)                                            # (N, 4C, s/2, s/2)
         grid = h.shape[2:]
         h = self.to_tokens(h.flatten(2).transpose(1, 2)) + self.position                # (N, T, W)
