@@ -1449,7 +1449,7 @@ def test_sample_is_reproducible_and_every_option_does_something(run_folder, worl
     assert not differ(plain, draw(run_folder, "a sheep on a hill", "-n", 3))
     assert len(list(Path("samples").iterdir())) == 2  # the second did not overwrite the first
     photograph = world / "coco/val2017/000000000003.jpg"
-    for options in (["--seed", 1], ["--temperature", 1.5], ["--guidance", 3], ["--rerank", 12], ["--steps", 3], ["-n", 4],
+    for options in (["--seed", 1], ["--temperature", 1.5], ["--guidance", 3], ["--rerank", 12], ["--steps", 1], ["-n", 4],
                     ["--show-steps"], ["--image", photograph]):
         assert differ(plain, draw(run_folder, "a sheep on a hill", "-n", 3, *options)), options
     assert draw(run_folder, "a sheep on a hill", "a cow at night", "-n", 3).shape[0] > 1.8 * plain.shape[0]
