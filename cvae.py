@@ -162,9 +162,9 @@ def centre_square(photograph, size):
 def split_parts(images):
     """Sort photographs into three parts by a hash of their pixels: uint8 (N, 3, H, H) -> (N,).
 
-    A photograph goes into one part with all its captions. Training pictures teach. Validation pictures choose:
-    checkpoints and every setting chosen by looking. Test pictures are for `evaluate` alone. Equal pictures have
-    equal hashes, so a picture that is in the data twice is never learned from and judged by at once.
+    A photograph goes into one part with all its captions. Training pictures teach. Validation pictures
+    choose: checkpoints and every setting chosen by looking. Test pictures are for `evaluate` alone. Equal
+    pictures have equal hashes: one that is in the data twice is never learned from and judged by at once.
     """
     hashes = [int(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:15], 16) for image in images]
     different, rank = torch.tensor(hashes).unique(return_inverse=True)  # rank among the sorted hashes
@@ -211,9 +211,8 @@ def encode_texts(model, texts):
     CLIP reads at most 77 tokens, about 55 words; what lies beyond is cut.
     """
     import clip
-    device = model.text_projection.device
-    embeddings = []
-    for start in tqdm(range(0, len(texts), 64), desc="CLIP, captions", leave=False, disable=len(texts) <= 512):
+    device, embeddings = model.text_projection.device, []
+    for start in tqdm(range(0, len(texts), 64), "CLIP, captions", leave=False, disable=len(texts) <= 512):
         tokens = clip.tokenize(texts[start:start + 64], model.context_length, truncate=True)    # (n, 77)
         # the end token has the largest number; CLIP reads from left to right, so the zeros that follow
         # the longest caption's end change nothing, and captions are short: most of the work is saved
@@ -324,8 +323,8 @@ def enlarge(above, width, kernel=1, times=2):
 class VAE(nn.Module):
     """Encoder and decoder. size: pixels (64 or 128); condition_dim: D; latents: "grid" or "flat".
 
-    The code z is (N, C, s, s): C = channels and s = size / 8 for a grid, C = 128 and s = 1 for a flat code, so
-    that everything else treats both alike. dropout drops numbers of z while training, as in the report.
+    The code z is (N, C, s, s): C = channels and s = size / 8 for a grid, C = 128 and s = 1 for a flat code,
+    so that everything else treats both alike. dropout drops numbers of z while training, as in the report.
     """
 
     def __init__(self, size, condition_dim, latents="grid", dropout=0.0, channels=CHANNELS):
@@ -390,8 +389,8 @@ class VAE(nn.Module):
 #     log p(x | c)  >=  E_q [ log p(x | z, c) ]  -  KL( q(z | x, c) || p(z) )   =   ELBO
 #
 # The first term asks for good reconstructions. The second asks for codes that look like draws from
-# p(z) = N(0, I). Training raises the bound; we lower its negative. What the bound loses is the KL from q to the
-# true p(z | x, c), so raising it also makes the encoder a better guess of that.
+# p(z) = N(0, I). Training raises the bound; we lower its negative. What the bound loses is the KL from q to
+# the true p(z | x, c), so raising it also makes the encoder a better guess of that.
 #
 # The likelihood p(x | z, c) is a Gaussian around the decoder's picture x̂ with one variance s² for all D
 # values. A fixed s² would secretly weigh the two terms against each other (the "beta" that is often tuned
@@ -468,8 +467,8 @@ def detail_gain(picture, x):
 
 
 # %% 5. Training ------------------------------------------------------------------------------------
-# Both networks, the VAE and (section 6) the prior, are trained by the same loop. All pictures fit in memory as
-# bytes (20,000 at 128 pixels are 1 GB), so there is no DataLoader: the whole uint8 tensor lives on the
+# Both networks, the VAE and (section 6) the prior, are trained by the same loop. All pictures fit in memory
+# as bytes (20,000 at 128 pixels are 1 GB), so there is no DataLoader: the whole uint8 tensor lives on the
 # device, and a batch is an index into it. Nothing in the loop waits for the GPU except the progress bar.
 #
 # All randomness of step n comes from a generator seeded with (seed, n). So a run is determined by its
@@ -553,8 +552,8 @@ def measure_vae(vae, images, data, rows, device, objective=elbo_loss):
         x = take(images, some, device)
         picture, kl = vae(x, data["image_embeddings"][some], PICTURE)
         total += len(x) / len(rows) * torch.stack([
-            objective(picture, x, kl, variance=vae.variance), elbo_loss(picture, x, kl, variance=vae.variance),
-            kl.mean(), F.mse_loss(picture, x)])
+            objective(picture, x, kl, variance=vae.variance),
+            elbo_loss(picture, x, kl, variance=vae.variance), kl.mean(), F.mse_loss(picture, x)])
     loss, bpd, kl, mse = total.tolist()
     return {"loss": loss, "bpd": bpd, "kl": kl, "psnr": -10 * math.log10(mse)}
 
@@ -742,16 +741,16 @@ class Flow(nn.Module):
                 guess = self.guess(h.mean(1))                                           # (N, D)
         shift, scale = self.steer(steering)[:, None].chunk(2, dim=2)
         h = self.to_velocity(F.layer_norm(h, (self.width,)) * (1 + scale) + shift)      # (N, T, 4C)
-        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch), guess  # (N, C, s, s), (N, D)
+        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch), guess  # (N, C, s, s) again
 
 
 def flow_loss(flow, z, embedding, kind, drop=0.1, picture=None):
     """Mean squared error of the guessed velocities of standardised codes z (n, C, s, s): a scalar.
 
     Three details. Times are logit-normal: the middle of the way, where the guess is hardest, is visited most
-    (Esser et al. 2024, arXiv 2403.03206). A tenth of the conditions is dropped, so that the network also learns
-    pictures in general; guidance needs that. And the lower half of the network has to guess the picture's own
-    embedding (n, D), if given: it learns sooner what a picture shows when CLIP tells it (REPA, arXiv 2410.06940).
+    (Esser et al. 2024, arXiv 2403.03206). A tenth of the conditions is dropped, so that the network also
+    learns pictures in general; guidance needs that. And the network's lower half guesses the picture's own
+    embedding (n, D), if given: told by CLIP what a picture shows, it learns sooner (REPA, arXiv 2410.06940).
     """
     t = torch.sigmoid(torch.randn(len(z), device=z.device))                             # (n,)
     noise = torch.randn_like(z)
@@ -769,26 +768,27 @@ def prior_part(vae, images, data, config, device, dtype, models):
     rows = rows_of(data, TRAINING)
     torch.manual_seed(config["seed"])
     flow = Flow(vae.shape, config["condition_dim"], config["prior_width"]).to(device)
-    flow.condition.learn_statistics(data, rows)
-    some = rows[:3000]  # enough for statistics, and no second copy of all codes
-    flow.center.copy_(mu[some].mean((0, 1, 3, 4))[:, None, None])
+    some = rows[:3000]  # enough for statistics, and no second copy of everything
+    flow.condition.learn_statistics(data, some)
+    flow.center.copy_(mu[some].float().mean((0, 1, 3, 4))[:, None, None])
     # the variance of all codes is that of their means plus the mean of their variances
-    variance = mu[some].var((0, 1, 3, 4)) + (sigma[some] ** 2).mean((0, 1, 3, 4))
+    variance = mu[some].float().var((0, 1, 3, 4)) + (sigma[some].float() ** 2).mean((0, 1, 3, 4))
     flow.scale.copy_(variance.sqrt()[:, None, None])
-    pictures = (data["image_embeddings"] - flow.condition.mean[PICTURE]) / flow.condition.std[PICTURE]  # (N, D)
 
     def draw_code(rows):  # anew at every visit: the prior learns where q puts a picture, not one point of it
         version = torch.randint(mu.shape[1], (len(rows),), device=device)  # mirrored or not
-        m = mu[rows, version]                                                           # (n, C, s, s)
-        return (m + sigma[rows, version] * torch.randn_like(m) - flow.center) / flow.scale
+        m, s = mu[rows, version].float(), sigma[rows, version].float()                  # (n, C, s, s)
+        return (m + s * torch.randn_like(m) - flow.center) / flow.scale
 
     with autocast(device, dtype):
         example = draw_code(rows[:64]), torch.rand(len(rows[:64]), device=device)
         forward = compiled(flow, (*example, *draw_condition(data, rows[:64], device)), config["compile"])
 
     def loss(rows, step, total):
+        c = flow.condition
+        picture = (data["image_embeddings"][rows] - c.mean[PICTURE]) / c.std[PICTURE]   # (n, D)
         with autocast(device, dtype):
-            return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device), picture=pictures[rows])
+            return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device), picture=picture)
 
     unseen = rows_of(data, VALIDATION)
 
@@ -804,7 +804,7 @@ def prior_part(vae, images, data, config, device, dtype, models):
     return SimpleNamespace(
         name="prior", network=flow, rows=rows, batch=4 * config["batch"], epochs=config["prior_epochs"],
         rate=config["prior_lr"], option="--prior-lr", loss=loss, examine=examine,
-        ignorance=2.5,  # who always guesses zero pays the mean of (e - z)², 1 + 1, and half of 1 for the picture
+        ignorance=2.5,  # who always guesses zero pays the mean of (e - z)², 1 + 1, and for the picture 0.5
         draw=lambda path, mean: save_samples(path, models, images, data, unseen[:8], device))
 
 
@@ -824,7 +824,7 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
             without, _ = flow(z, t.expand(len(z)), embedding, NOTHING)
             velocity = without + guidance * (velocity - without)
         # A straight step (Euler's method) cuts every corner, and the pictures lose their contrast. So we also
-        # lean the way the velocity has been turning: the Adams-Bashforth method, of order two at no more cost.
+        # lean the way the velocity has been turning: the Adams-Bashforth method, of order two, no dearer.
         ahead = velocity if before is None else 1.5 * velocity - 0.5 * before
         z, before = z + (t_next - t) * ahead, velocity
         way.append(z)
@@ -832,9 +832,9 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
 
 
 # %% 7. Sampling ------------------------------------------------------------------------------------
-# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a code for
-# it, the decoder draws the code. `sample --image` starts from CLIP's image encoder instead. `--interpolate`
-# keeps the noise and walks from one condition to another. `--rerank` lets CLIP choose from many, as in DALL-E.
+# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a code
+# for it, the decoder draws the code. `sample --image` starts from CLIP's image encoder instead.
+# `--interpolate` keeps the noise and walks from one condition to another. `--rerank` lets CLIP choose.
 
 GUIDANCE = 1.6  # chosen on the validation part, with sureness and variety both in view
 STEPS = 16      # more change little
@@ -868,8 +868,8 @@ def slerp(a, b, steps):
 #     do they look like photographs?       CMMD, a distance between two sets of embeddings
 #     are they copies?                     how far it is from a sample to the nearest training picture
 #
-# Real photographs answer the same questions beside them: a yardstick. And CLIP is a kind judge here, since the
-# model was trained on its embeddings. Look at the pictures, too.
+# Real photographs answer the same questions beside them: a yardstick. And CLIP is a kind judge here, since
+# the model was trained on its embeddings. Look at the pictures, too.
 
 
 def caption_match(images, own, texts):
@@ -918,17 +918,17 @@ def answer_questions(images, own, texts, reference, training):
 def measure_samples(models, images, data, clip_model, guidances, steps, seed, device):
     """Ask all four questions about test photographs, and about samples for a hundred of their captions.
 
-    Returns a table {row: figures} and, of the samples at the last guidance, the pictures, how far each is from
-    the nearest training photograph, and which that is (a number of the data).
+    Returns a table {row: figures} and, of the samples at the last guidance, the pictures, how far each is
+    from the nearest training photograph, and which that is (a number of the data).
     """
     test, training = rows_of(data, TEST), rows_of(data, TRAINING)
     # photographs are judged at the model's own size, or their sharpness would be what sets them apart
     real = encode_images(clip_model, take(images, test, device))                        # (M, D)
     real_training = torch.cat([encode_images(clip_model, take(images, rows, device)) for rows in
                                tqdm(training.split(256), desc="training photographs", leave=False)])
-    # a hundred different captions: everyone's first; where those are too few, also their second, ...
-    captions = dict.fromkeys(data["captions"][row][k] for k in range(CAPTIONS) for row in test.tolist())
-    captions = list(captions)[:100]
+    # a hundred captions, one of a photograph (a second one would be no wrong answer), of the five in turn
+    captions = [data["captions"][row][place % CAPTIONS] for place, row in enumerate(test.tolist())]
+    captions = list(dict.fromkeys(captions))[:100]                                      # no two are alike
     texts = encode_texts(clip_model, captions)                                          # (100, D)
     asked = [(place, captions.index(caption)) for place, row in enumerate(test.tolist())
              for caption in dict.fromkeys(data["captions"][row]) if caption in captions]
@@ -971,9 +971,10 @@ TOY_IMAGES = 3000
 # units of its width, y upwards negative. Four numbers are an ellipse (centre, radii), more a polygon.
 ANIMALS = {
     "sheep": (((246, 240, 222), (30, 28, 28), (225, 216, 196)), -0.3, [
-        (0, -.28, -.38, .19, .16), (0, -.12, -.46, .19, .16), (0, .08, -.47, .19, .16), (0, .24, -.4, .19, .16),
-        (0, -.2, -.3, .19, .16), (0, 0, -.3, .19, .16), (0, .18, -.3, .19, .16), (0, 0, -.36, .34, .18),
-        (2, -.08, -.3, .2, .07), (1, .43, -.47, .1, .13), (1, .36, -.56, .08, .04), (0, .36, -.6, .08, .06)]),
+        (0, -.28, -.38, .19, .16), (0, -.12, -.46, .19, .16), (0, .08, -.47, .19, .16),
+        (0, .24, -.4, .19, .16), (0, -.2, -.3, .19, .16), (0, 0, -.3, .19, .16), (0, .18, -.3, .19, .16),
+        (0, 0, -.36, .34, .18), (2, -.08, -.3, .2, .07), (1, .43, -.47, .1, .13), (1, .36, -.56, .08, .04),
+        (0, .36, -.6, .08, .06)]),
     "cow": (((158, 72, 36), (110, 48, 24), (250, 246, 238)), -0.34, [
         (0, 0, -.44, .4, .19), (0, -.36, -.56, .34, -.58, .36, -.34, -.36, -.32), (2, -.18, -.5, .12, .1),
         (2, .12, -.4, .1, .08), (1, -.39, -.52, -.43, -.5, -.44, -.18, -.41, -.18),
@@ -1062,7 +1063,8 @@ def caption_pasture(scene, dice):
     subject, where = SUBJECTS[animal][count - 1], f"on the {side}" if count == 1 else "side by side"
     grounds, skies, reliefs = (dice.sample(words[key], 2) for words, key in
                                ((GROUNDS, ground), (SKIES, sky), (RELIEFS, relief)))
-    return [f"{subject} {GROUNDS[ground][0]} {SKIES[sky][0]}", f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
+    return [f"{subject} {GROUNDS[ground][0]} {SKIES[sky][0]}",
+            f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
             f"{subject} {skies[1]}, {where}, {grounds[1]}", f"{subject} {grounds[0]} {reliefs[1]}",
             f"{skies[0]}, {subject} {grounds[1]}"]
 
@@ -1349,8 +1351,8 @@ def embed_photographs(model, paths, device, batch=32):
         embedded = pool.map(lambda some: embed(decode_some(some)), batches)
     else:  # worker processes decode ahead of the GPU; a DataLoader needs no more than a list and a function
         workers = max(1, min(os.cpu_count() or 1, len(paths) // batch))
-        embedded = map(embed, torch.utils.data.DataLoader(paths, batch, num_workers=workers, prefetch_factor=4,
-                                                          collate_fn=decode_some))
+        embedded = map(embed, torch.utils.data.DataLoader(
+            paths, batch, num_workers=workers, prefetch_factor=4, collate_fn=decode_some))
     images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
     kept, embeddings = [], []
     try:
@@ -1418,8 +1420,9 @@ def load(path, kind, version):
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise Stop(f"{path} is not a {kind} of this program.")
     if content["version"] != version:
-        raise Stop(f"{path} is a {kind} of version {content['version']}; this program reads version {version}. "
-                   f"Make it anew: python cvae.py {'prepare' if kind == 'data file' else 'train'}.")
+        raise Stop(f"{path} is a {kind} of version {content['version']}; this program reads version "
+                   f"{version}. Make it anew: python cvae.py "
+                   f"{'prepare' if kind == 'data file' else 'train'}.")
     return content
 
 
@@ -1432,8 +1435,8 @@ def load_data(path, device=torch.device("cpu"), fingerprint=None):
         raise Stop(f"There is no data file at {path}; make one first: python cvae.py prepare")
     data = load(path, "data file", DATA_VERSION)
     if fingerprint and data["fingerprint"] != fingerprint:
-        raise Stop(f"{path} is not the data that this run was trained on (other photographs or another CLIP); a "
-                   "run can't change its data on the way. If the file has moved, name it with --data.")
+        raise Stop(f"{path} is not the data that this run was trained on (other photographs or another CLIP);"
+                   " a run can't change its data on the way. If the file has moved, name it with --data.")
     return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "part")}
 
 
@@ -1485,16 +1488,19 @@ def ssim(a, b):
 
 @torch.no_grad()
 def encode_photographs(vae, images, data, rows, device, flip=False):
-    """Where the encoder puts photographs, and their mirror images: mu, sigma (n, 1 or 2, C, s, s)."""
-    mu = torch.empty(len(rows), 2 if flip else 1, *vae.shape, device=device)
+    """Where the encoder puts photographs, and their mirror images: mu, sigma (n, 1 or 2, C, s, s) in float16.
+
+    Half the memory of float32: without it the codes of many photographs would fill more than their pixels.
+    """
+    mu = torch.empty(len(rows), 2 if flip else 1, *vae.shape, device=device, dtype=torch.float16)
     sigma = torch.empty_like(mu)
     places = torch.arange(len(rows), device=device)
     for place in tqdm(places.split(64), desc="encoding photographs", leave=False):
         x = take(images, rows[place], device)
         for version in range(mu.shape[1]):
             seen = x.flip(3) if version else x
-            mu[place, version], logvar = vae.encode(seen, data["image_embeddings"][rows[place]], PICTURE)
-            sigma[place, version] = torch.exp(0.5 * logvar)
+            mean, logvar = vae.encode(seen, data["image_embeddings"][rows[place]], PICTURE)
+            mu[place, version], sigma[place, version] = mean.half(), torch.exp(0.5 * logvar).half()
     return mu, sigma
 
 
@@ -1556,8 +1562,8 @@ def open_run(args):
     longer = longer or given.get("epochs", 0) > config["epochs"]
     if is_finished(config, training) and not longer:
         more = "prior-epochs" if config["prior"] == "flow" else "epochs"
-        raise Stop(f"{run} is finished: there is nothing left to do. To train it longer, give a larger number, "
-                   f"such as --resume --{more} {2 * config[more.replace('-', '_')]}.")
+        raise Stop(f"{run} is finished: there is nothing left to do. To train it longer, give a larger "
+                   f"number, such as --resume --{more} {2 * config[more.replace('-', '_')]}.")
     return run, config | given, checkpoint
 
 
@@ -1586,12 +1592,12 @@ def is_finished(config, training):
 def must_be_sane(loss, part, run="The run", ignorance=math.inf):
     """Stop a training whose loss is no number any more, or is worse than that of knowing nothing."""
     if not math.isfinite(loss):
-        raise Stop(f"The loss became NaN. {run} keeps its last good checkpoint; start anew with a lower rate, "
-                   f"such as {part.option} {part.rate / 2:g}.")
+        raise Stop(f"The loss became NaN. {run} keeps its last good checkpoint; start anew with a lower rate,"
+                   f" such as {part.option} {part.rate / 2:g}.")
     if loss > ignorance:
-        raise Stop(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {ignorance:.3g}. Start "
-                   f"anew with a lower rate, such as {part.option} {part.rate / 3:.1g}. {run} keeps its best "
-                   "checkpoint.")
+        raise Stop(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {ignorance:.3g}."
+                   f" Start anew with a lower rate, such as {part.option} {part.rate / 3:.1g}. {run} keeps "
+                   "its best checkpoint.")
 
 
 def checkpoint_path(name):
@@ -1781,7 +1787,7 @@ def save_prior_picture(path, models, images, data, device):
     vae, flow = models["vae"], models["prior"]
     mu, sigma = encode_photographs(vae, images, data, rows, device)
     torch.manual_seed(0)
-    mu, sigma = mu[:, 0], sigma[:, 0]
+    mu, sigma = mu[:, 0].float(), sigma[:, 0].float()
     noise = torch.randn_like(mu)
     clouds = {"codes of photographs": mu + sigma * torch.randn_like(mu), "draws from N(0, I)": noise}
     if flow:
@@ -1791,7 +1797,7 @@ def save_prior_picture(path, models, images, data, device):
     clouds = {name: cloud.flatten(1).float().cpu() for name, cloud in clouds.items()}   # (500, C s s) each
     codes = clouds["codes of photographs"]
     _, _, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)     # principal directions
-    seen = {name: (cloud - codes.mean(0)) @ directions[:2].T for name, cloud in clouds.items()}  # (500, 2) each
+    seen = {name: (cloud - codes.mean(0)) @ directions[:2].T for name, cloud in clouds.items()}  # (500, 2)
     limit = 1.1 * max(points.abs().max().item() for points in seen.values())
     with new_figure(path, 1, len(seen), (3.2 * len(seen), 3.4)) as axes:
         for axis, (name, points) in zip(axes[0], seen.items()):
@@ -1958,8 +1964,8 @@ def train(args):
               config["channels"])
     vae.condition.learn_statistics(data, rows_of(data, TRAINING))
     vae = vae.to(device, memory_format=torch.channels_last)
-    print(f"{run}: {len(rows_of(data, TRAINING))} photographs of {config['size']} pixels, on {device.type} in "
-          f"{str(dtype).removeprefix('torch.')} ({why}); the VAE has "
+    print(f"{run}: {len(rows_of(data, TRAINING))} photographs of {config['size']} pixels, on {device.type} "
+          f"in {str(dtype).removeprefix('torch.')} ({why}); the VAE has "
           f"{sum(p.numel() for p in vae.parameters()):,} parameters")
     models = {"vae": vae, "prior": None}
     history = checkpoint["history"] if checkpoint else {"vae": [], "prior": []}
@@ -2041,8 +2047,8 @@ def evaluate(args):
     guidances = sorted({1.0, chosen_guidance}) if models["prior"] else [1.0]
     table, pictures, distance, copied = measure_samples(models, images, data, clip_model, guidances, steps,
                                                         args.seed, device)
-    print(f"{path}, {len(test)} test photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats, "
-          f"PSNR {storage['psnr']:.1f} dB")
+    print(f"{path}, {len(test)} test photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats,"
+          f" PSNR {storage['psnr']:.1f} dB")
     print(" " * 24 + "".join(f"{column:>13}" for column in table["photographs"]))
     for name, row in table.items():
         print(f"{name:24}" + "".join(f"{value:13.3f}" for value in row.values()))
@@ -2101,11 +2107,11 @@ def add_training_options(p):
     option("--channels", "numbers in each cell of the grid", type=between(int, 1, 64))
     option("--prior", "learn p(z | c), or draw from N(0, I) as the report did", choices=["flow", "normal"])
     option("--objective", "the ELBO, or the report's loss", choices=OBJECTIVES)
-    option("--dropout", "dropout on z; 0.3 if no P is given", nargs="?", type=between(float, 0, 0.9), const=0.3,
-           metavar="P")
+    option("--dropout", "dropout on z; 0.3 if no P is given", nargs="?", type=between(float, 0, 0.9),
+           const=0.3, metavar="P")
     option("--epochs", "of the VAE", type=epochs)
     option("--prior-epochs", "of the prior", type=epochs)
-    option("--prior-width", "width of the prior's transformer", type=int, choices=[64, 128, 192, 256, 384, 512])
+    option("--prior-width", "of the prior's transformer", type=int, choices=[64, 128, 192, 256, 384, 512])
     option("--batch", "pictures per step of the VAE; the prior takes four times as many",
            type=between(int, 1, 4096))
     option("--lr", "peak learning rate of the VAE", type=rate)
@@ -2187,7 +2193,7 @@ def parse_arguments(argv=None):
     p.add_argument("--split", default="train2017", type=plain_name, help="part of COCO (default: train2017)")
     p.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
     p.add_argument("--mirror", metavar="URL", help=f"address to fetch from (default: {COCO_URL})")
-    p.add_argument("--clip", default="ViT-B/32", help="CLIP's name, or a file of its weights (default: ViT-B/32)")
+    p.add_argument("--clip", default="ViT-B/32", help="CLIP's name, or a weights file (default: ViT-B/32)")
     p.add_argument("--data", default=DATA, help=f"data file to write (default: {DATA})")
 
     add_training_options(command(train, "train the VAE, then its prior, on the data file"))
@@ -2202,9 +2208,9 @@ def parse_arguments(argv=None):
                    help="draw N per prompt and keep those that CLIP likes best")
     p.add_argument("--image", metavar="FILE", help="draw variations of a photograph")
     p.add_argument("--interpolate", action="store_true", help="go from the first prompt to the second")
-    p.add_argument("--show-steps", action="store_true", help="one row per prompt: a picture emerging from noise")
+    p.add_argument("--show-steps", action="store_true", help="one row per prompt: from noise to a picture")
     p.add_argument("--separate", action="store_true", help="also write each picture as a PNG of its own")
-    p.add_argument("--out", default="samples", metavar="DIR", help="folder for the picture (default: samples)")
+    p.add_argument("--out", default="samples", metavar="DIR", help="folder to write to (default: samples)")
 
     p = command(evaluate, "measure a run on the test part of its data")
     add_drawing_options(p)
@@ -2213,8 +2219,10 @@ def parse_arguments(argv=None):
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
     p.add_argument("--epochs", type=between(int, 1, 1000), default=4,
                    help="of the VAE; fewer is quicker and worse (default: 4)")
-    p.add_argument("--prior-epochs", type=between(int, 1, 1000), default=30, help="of the prior (default: 30)")
-    p.add_argument("--compare", action="store_true", help="also train a flat code, and draw all four combinations")
+    p.add_argument("--prior-epochs", type=between(int, 1, 1000), default=30,
+                   help="of the prior (default: 30)")
+    p.add_argument("--compare", action="store_true",
+                   help="also train a flat code, and draw all four combinations")
     return parser.parse_args(argv)
 
 
@@ -2222,7 +2230,7 @@ def refuse_contradictions(args):
     """Options that make no sense together are refused, rather than one of them ignored."""
     given = {name for name, value in vars(args).items() if value}  # neither None nor zero, False, empty
     if {"theme", "words"} <= given or {"coco", "mirror"} <= given:
-        raise Stop("Give --theme or --words, not both; and --coco (nothing is fetched) or --mirror, not both.")
+        raise Stop("Give --theme or --words, not both; --coco (nothing is fetched) or --mirror, not both.")
     if args.function is sample:
         if not given & {"prompts", "image"}:
             raise Stop('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
@@ -2230,8 +2238,8 @@ def refuse_contradictions(args):
             raise Stop("--interpolate goes from one prompt to another: give exactly two, and no --image or "
                        "--show-steps.")
         if args.rerank and (given & {"interpolate", "show_steps"} or args.rerank < args.n):
-            raise Stop("--rerank N draws N pictures and keeps the best -n of them: N must be at least as large, "
-                       "and it doesn't go with --interpolate or --show-steps.")
+            raise Stop("--rerank N draws N pictures and keeps the best -n of them: N must be at least as "
+                       "large, and it doesn't go with --interpolate or --show-steps.")
     if args.function is train and args.latents == "flat" and args.channels:
         raise Stop("--channels is for a grid of codes, and --latents flat has none.")
     if args.function is train and not args.resume and args.prior == "normal":
@@ -2252,9 +2260,10 @@ def main(argv=None):
         if isinstance(error, torch.OutOfMemoryError):
             message = "The GPU ran out of memory; try a smaller -n."
             if "batch" in args:
-                message = f"The GPU ran out of memory; try --batch {max(1, (args.batch or DEFAULTS['batch']) // 2)}."
+                half = (args.batch or DEFAULTS["batch"]) // 2
+                message = f"The GPU ran out of memory; try --batch {max(1, half)}."
         elif isinstance(error, KeyboardInterrupt):
-            message = message or "Interrupted. What was finished is kept; the same command goes on from there."
+            message = message or "Interrupted. What was finished is kept; the same command goes on."
         sys.exit(f"\n{message}")
 
 

@@ -1086,8 +1086,8 @@ def test_codes_are_where_the_encoder_puts_them(world, run_folder):
     with torch.no_grad():
         for version, x in enumerate((images[rows] / 255, images[rows].flip(3) / 255)):
             expected, logvar = models["vae"].encode(x, data["image_embeddings"][rows], torch.zeros(3, dtype=torch.long))
-            torch.testing.assert_close(mu[:, version], expected, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(sigma[:, version], (0.5 * logvar).exp(), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(mu[:, version].float(), expected, atol=1e-3, rtol=1e-3)  # float16 has eleven binary digits
+            torch.testing.assert_close(sigma[:, version].float(), (0.5 * logvar).exp(), atol=1e-3, rtol=1e-3)
     # the flow's centre and scale make the training codes standard normal in each channel
     learned = data["part"] == cvae.TRAINING
     mu, sigma = cvae.encode_photographs(models["vae"], images, data, learned.nonzero()[:, 0], torch.device("cpu"), flip=True)
@@ -1554,15 +1554,16 @@ def test_evaluate_writes_its_table(run_folder, world, here, capsys):
     data = cvae.load_data(world / "data.pt")
     test, clip_model = (data["part"] == cvae.TEST).nonzero()[:, 0].tolist(), cvae.load_clip(str(world / "clip.pt"))
     images, by_caption = cvae.pool_images(data["images"], 64), {}  # every caption counts the same, of however many photographs
+    asked = {data["captions"][number][place % 5] for place, number in enumerate(test)}  # one of each photograph, of the five in turn
+    assert 1 < len(asked) <= 100
     for number, image in zip(test, cvae.encode_images(clip_model, images[test])):
-        for caption in set(data["captions"][number]):
+        for caption in asked.intersection(data["captions"][number]):
             by_caption.setdefault(caption, []).append(float(image @ cvae.encode_texts(clip_model, [caption])[0]))
-    assert len(by_caption) <= 100
     expected = 100 * np.mean([np.mean(cosines) for cosines in by_caption.values()])
     assert result["table"]["photographs"]["CLIP score"] == pytest.approx(expected, abs=0.05)
     learned = cvae.encode_images(clip_model, images[data["part"] == cvae.TRAINING])
     to_nearest = 1 - (cvae.encode_images(clip_model, images[test]) @ learned.T).numpy().max(1)
-    to_nearest = np.repeat(to_nearest, [len(set(data["captions"][number])) for number in test])
+    to_nearest = np.repeat(to_nearest, [len(asked.intersection(data["captions"][number])) for number in test])
     assert result["table"]["photographs"]["nearest"] == pytest.approx(np.sort(to_nearest)[(len(to_nearest) - 1) // 2], abs=1e-5)
     assert f"{result['bpd']:.3f} bits/dim" in said and "R-precision" in said
     for name in ("reconstructions.png", "nearest.png"):
@@ -2271,7 +2272,7 @@ def judge_ladder(data, judge, count=32):
     clip_model, test = cvae.load_clip(config["clip"]), cvae.rows_of(data, cvae.TEST)
     x = cvae.pool_images(data["images"][test], 64)
     real, real_clip = torch.cat([judge.features(some / 255) for some in x.split(200)]), cvae.encode_images(clip_model, x)
-    captions = list(dict.fromkeys(data["captions"][row][k] for k in range(5) for row in test.tolist()))[:100]
+    captions = list(dict.fromkeys(data["captions"][row][place % 5] for place, row in enumerate(test.tolist())))[:100]
     figures, own = {}, torch.arange(16).repeat_interleave(count)
     for temperature in (1.0, 0.6):
         def draw(texts, copies):
@@ -2316,7 +2317,7 @@ def test_photographs_meet_the_bars(here):
 def test_time_and_memory_grow_in_proportion(here, capsys):
     """prepare and an epoch of each part with more and more generated photographs (PHOTOGRAPHS="1000,4000,16000")."""
     counts = [int(count) for count in os.environ.get("PHOTOGRAPHS", "1000,4000,16000").split(",")]
-    make_clip("clip.pt")
+    make_clip("clip.pt", embed_dim=512)  # ViT-B/32's: six embeddings of 512 numbers for each photograph
     figures = {}
     for count in counts:
         root = Path(f"coco-{count}")
@@ -2338,8 +2339,8 @@ def test_time_and_memory_grow_in_proportion(here, capsys):
     with capsys.disabled():
         print("\n" + json.dumps(figures, indent=2))
     small, large = counts[0], counts[-1]
-    pixels = (large - small) * 3 * 128**2 / 1e9
-    for name, codes in (("prepare", 0), ("epoch", (large - small) * 4 * cvae.CHANNELS * 16**2 * 4 / 1e9)):  # mu and sigma, mirrored and not
+    pixels = (large - small) * (3 * 128**2 + 6 * 512 * 4) / 1e9  # and embeddings
+    for name, codes in (("prepare", 0), ("epoch", (large - small) * 4 * cvae.CHANNELS * 16**2 * 2 / 1e9)):  # mu and sigma, mirrored and not, in float16
         a, b = figures[f"{name}, {small}"], figures[f"{name}, {large}"]
         assert b["GB"] - a["GB"] < 1.25 * (pixels + codes) + 0.2  # one copy of the pixels, and of the codes
         assert b["seconds"] < 1.3 * a["seconds"] * large / small
