@@ -907,10 +907,10 @@ def nearest(images, others):
     return 1 - cosine, which
 
 
-def answer_questions(images, own, texts, reference, training):
-    """All four questions about embedded pictures (N, D) whose captions are texts[own]: a dict of figures."""
-    return caption_match(images, own, texts) | {
-        "diversity": diversity(images, own), "CMMD": cmmd(images, reference),
+def answer_questions(images, own, texts, reference, training, asked=slice(None)):
+    """All four about embedded pictures (N, D), of which images[asked] have captions texts[own]: a dict."""
+    return caption_match(images[asked], own, texts) | {
+        "diversity": diversity(images[asked], own), "CMMD": cmmd(images, reference),
         "nearest": nearest(images, training)[0].median().item()}
 
 
@@ -933,7 +933,7 @@ def measure_samples(models, images, data, clip_model, guidances, steps, seed, de
     asked = [(place, captions.index(caption)) for place, row in enumerate(test.tolist())
              for caption in dict.fromkeys(data["captions"][row]) if caption in captions]
     place, own = torch.tensor(asked, device=device).T
-    table = {"photographs": answer_questions(real[place], own, texts, real_training, real_training)}
+    table = {"photographs": answer_questions(real, own, texts, real_training, real_training, asked=place)}
     own = torch.arange(len(texts), device=device).repeat_interleave(4)                  # four of each caption
     for guidance in guidances:
         torch.manual_seed(seed)
