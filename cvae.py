@@ -873,7 +873,7 @@ def slerp(a, b, steps):
 
 
 def caption_match(images, own, texts):
-    """CLIP score, R-precision (arXiv 1711.10485) of embedded pictures (N, D) whose captions are texts[own]."""
+    """CLIP score, R-precision (arXiv 1711.10485) of embedded pictures (N, D) with captions texts[own]."""
     cosines = images @ texts.T                                                          # (N, captions)
     share = 1 / own.bincount()[own]  # of its caption's vote: all captions count alike
     score, right = cosines.gather(1, own[:, None])[:, 0], (cosines.argmax(1) == own).float()
