@@ -606,7 +606,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
                 measured = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
                 print(f"{part.name}, epoch {epoch}/{part.epochs}: training loss {mean_loss:.3f}, validation "
                       f"{measured}; {speed:.0f} images/s")
-                if time.monotonic() - drawn > 60 or epoch == part.epochs:  # pictures take a second or two
+                if time.monotonic() - drawn > 120 or epoch == part.epochs:  # pictures take a second or two
                     save_curves(run / "loss.png", history)
                     part.draw(run / "epoch.png", mean)
                     drawn = time.monotonic()
@@ -796,7 +796,7 @@ def prior_part(vae, images, data, config, device, dtype, models):
     def examine(mean):
         torch.manual_seed(0)
         losses = []
-        for some in unseen.repeat(2).split(256):  # two noises for each
+        for some in unseen.split(256):
             captions = data["caption_embeddings"][some, 0]
             losses.append(flow_loss(mean, draw_code(some), captions, CAPTION, drop=0.0))
         return {"loss": torch.stack(losses).mean().item()}
@@ -1935,11 +1935,11 @@ def prepare(args):
     texts = [caption for five in captions for caption in five]
     caption_embeddings = encode_texts(model, texts).cpu()                               # (5N, D)
     part = split_parts(images)
-    both = embeddings.numpy().tobytes() + caption_embeddings.numpy().tobytes()
-    fingerprint = hashlib.sha256(both).hexdigest()
+    fingerprint = hashlib.sha256(embeddings.numpy())  # reads the memory as it lies there, without a copy
+    fingerprint.update(caption_embeddings.numpy())
     save({"kind": "data file", "version": DATA_VERSION, "images": images, "image_embeddings": embeddings,
           "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "captions": captions,
-          "ids": [p["id"] for p in kept], "part": part, "fingerprint": fingerprint, "words": words,
+          "ids": [p["id"] for p in kept], "part": part, "words": words, "fingerprint": fingerprint.hexdigest(),
           "clip": str(args.clip), "clip_fingerprint": clip_fingerprint(model)}, args.data)
     sizes = part.bincount().tolist()
     print(f"{args.data}: {sizes[TRAINING]} photographs to learn from, {sizes[VALIDATION]} to choose by, "

@@ -2304,7 +2304,7 @@ def test_photographs_meet_the_bars(here):
         keep("ladder.json", figures)
         torch.save(judge.state_dict(), KEPT / "judge.pt")
     began = time.perf_counter()
-    cvae.main(["train", "--epochs", "3", "--prior-epochs", "185", "--run", "photographs"])
+    cvae.main(["train", "--epochs", "6", "--prior-epochs", "195", "--run", "photographs"])
     figures |= {"minutes": (time.perf_counter() - began) / 60} | judge_photographs_run(Path("photographs/best.pt"), cvae.DATA, judge)
     cvae.main(["evaluate", "--checkpoint", "photographs"])
     table = json.loads(Path("photographs/evaluation.json").read_text())["table"]
