@@ -1939,8 +1939,8 @@ def prepare(args):
     fingerprint.update(caption_embeddings.numpy())
     save({"kind": "data file", "version": DATA_VERSION, "images": images, "image_embeddings": embeddings,
           "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "captions": captions,
-          "ids": [p["id"] for p in kept], "part": part, "words": words, "fingerprint": fingerprint.hexdigest(),
-          "clip": str(args.clip), "clip_fingerprint": clip_fingerprint(model)}, args.data)
+          "ids": [p["id"] for p in kept], "part": part, "words": words, "clip": str(args.clip),
+          "fingerprint": fingerprint.hexdigest(), "clip_fingerprint": clip_fingerprint(model)}, args.data)
     sizes = part.bincount().tolist()
     print(f"{args.data}: {sizes[TRAINING]} photographs to learn from, {sizes[VALIDATION]} to choose by, "
           f"{sizes[TEST]} to judge by.")
