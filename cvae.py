@@ -255,10 +255,12 @@ class Condition(nn.Module):
                            (CAPTION, data["caption_embeddings"][rows].flatten(0, 1))):
             self.mean[kind], self.std[kind] = some.mean(0), some.std(0) + 1e-6
 
+    def standardise(self, embedding, kind):
+        return (embedding - self.mean[kind]) / self.std[kind]                           # (N, D)
+
     def forward(self, embedding, kind):
         kind = torch.as_tensor(kind, device=embedding.device).expand(len(embedding))
-        row = kind.clamp(max=CAPTION)
-        known = self.project((embedding - self.mean[row]) / self.std[row])              # (N, width)
+        known = self.project(self.standardise(embedding, kind.clamp(max=CAPTION)))      # (N, width)
         return torch.where(kind[:, None] == NOTHING, 0.0, known) + self.kind(kind)
 
 
@@ -770,10 +772,10 @@ def prior_part(vae, images, data, config, device, dtype, models):
     flow = Flow(vae.shape, config["condition_dim"], config["prior_width"]).to(device)
     some = rows[:3000]  # enough for statistics, and no second copy of everything
     flow.condition.learn_statistics(data, some)
-    flow.center.copy_(mu[some].float().mean((0, 1, 3, 4))[:, None, None])
+    m, s = mu[some].float(), sigma[some].float()
+    flow.center.copy_(m.mean((0, 1, 3, 4))[:, None, None])
     # the variance of all codes is that of their means plus the mean of their variances
-    variance = mu[some].float().var((0, 1, 3, 4)) + (sigma[some].float() ** 2).mean((0, 1, 3, 4))
-    flow.scale.copy_(variance.sqrt()[:, None, None])
+    flow.scale.copy_((m.var((0, 1, 3, 4)) + (s**2).mean((0, 1, 3, 4))).sqrt()[:, None, None])
 
     def draw_code(rows):  # anew at every visit: the prior learns where q puts a picture, not one point of it
         version = torch.randint(mu.shape[1], (len(rows),), device=device)  # mirrored or not
@@ -785,8 +787,7 @@ def prior_part(vae, images, data, config, device, dtype, models):
         forward = compiled(flow, (*example, *draw_condition(data, rows[:64], device)), config["compile"])
 
     def loss(rows, step, total):
-        c = flow.condition
-        picture = (data["image_embeddings"][rows] - c.mean[PICTURE]) / c.std[PICTURE]   # (n, D)
+        picture = flow.condition.standardise(data["image_embeddings"][rows], PICTURE)   # (n, D)
         with autocast(device, dtype):
             return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device), picture=picture)
 
@@ -795,10 +796,8 @@ def prior_part(vae, images, data, config, device, dtype, models):
     @torch.no_grad()
     def examine(mean):
         torch.manual_seed(0)
-        losses = []
-        for some in unseen.split(256):
-            captions = data["caption_embeddings"][some, 0]
-            losses.append(flow_loss(mean, draw_code(some), captions, CAPTION, drop=0.0))
+        losses = [flow_loss(mean, draw_code(some), data["caption_embeddings"][some, 0], CAPTION, drop=0.0)
+                  for some in unseen.split(256)]
         return {"loss": torch.stack(losses).mean().item()}
 
     return SimpleNamespace(
