@@ -998,7 +998,7 @@ def test_the_default_batch_at_128_pixels_fits_a_small_card():
     vae, flow, c = cvae.VAE(128, 512), cvae.Flow((8, 16, 16), 512, cvae.DEFAULTS["prior_width"]), torch.randn(64, 512)
     batch, kind = cvae.DEFAULTS["batch"], torch.zeros(64, dtype=torch.long)
     kept = max(saved_bytes(lambda: vae(torch.rand(batch, 3, 128, 128), c[:batch], kind[:batch])),
-               saved_bytes(lambda: cvae.flow_loss(flow, torch.randn(64, 8, 16, 16), c, kind, picture=c)))
+               saved_bytes(lambda: cvae.flow_loss(flow, torch.randn(64, 8, 16, 16), c, kind, c, 0.5)))
     parameters = sum(p.numel() for network in (vae, flow) for p in network.parameters())
     pictures = 20_000 * 3 * 128**2  # the whole nature theme as bytes
     codes = 20_000 * 2 * 2 * 8 * 16**2 * 4  # mu and sigma of each and of its mirror image
@@ -1024,7 +1024,7 @@ def test_the_flow_regresses_on_the_velocity_of_the_straight_line():
     assert cvae.flow_loss(Oracle(), z, None, kind).item() < 1e-3
     # a guess that points away from the picture, or nowhere near it, costs half of 1 minus its cosine
     for picture, expected in (([1.0, 0.0], 0), ([0.0, 2.0], 0.5), ([-1.0, 0.0], 1)):
-        loss = cvae.flow_loss(Oracle(), z, None, kind, picture=torch.tensor([picture]).expand(len(z), 2))
+        loss = cvae.flow_loss(Oracle(), z, None, kind, torch.tensor([picture]).expand(len(z), 2), hint=0.5)
         assert loss.item() == pytest.approx(expected, abs=1e-3)
     logit = torch.logit(seen["t"].double())
     assert logit.mean().abs() < 0.06 and (logit.std() - 1).abs() < 0.06  # logit-normal times
@@ -1286,6 +1286,19 @@ def test_the_loss_of_ignorance_is_that_of_a_grey_picture(world):
     x = images[data["part"] == cvae.TRAINING].numpy() / 255
     variance = np.mean((x - x.mean((0, 2, 3), keepdims=True)) ** 2)
     assert part.ignorance == pytest.approx(0.5 * np.log2(2 * np.pi * np.e * (variance + 1 / 12 / 256**2)) + 8, abs=1e-3)
+
+
+def test_the_hint_fades_out_half_way(world):
+    """A new network guesses nothing (cosine 0, or nearly): the hint costs its weight, 0.5 at first, and from the middle on it is free."""
+    data = cvae.load_data(world / "data.pt")
+    images, config = cvae.pool_images(data["images"], 64), cvae.DEFAULTS | {"condition_dim": 16, "prior_width": 64}
+    part = cvae.prior_part(cvae.VAE(64, 16).eval(), images, data, config, torch.device("cpu"), torch.float32, {})
+    losses = []
+    for step in (0, 25, 50, 99):
+        torch.manual_seed(0)
+        losses.append(part.loss(part.rows[:32], step, 100).item())
+    assert losses[3] == losses[2] and losses[0] - losses[2] == pytest.approx(0.5, abs=0.2)
+    assert losses[0] - losses[1] == pytest.approx((losses[0] - losses[2]) / 2, rel=1e-3)
 
 
 class Blurred(nn.Module):
@@ -1814,10 +1827,13 @@ def test_training_goes_on_where_torch_compile_cannot(monkeypatch, capsys):
     network, cuda = nn.Linear(2, 2), type("OnCuda", (), {"device": torch.device("cuda")})()
     monkeypatch.setattr(torch, "compile", broken)
     assert cvae.compiled(network, [cuda], wanted=True) is network and "no C compiler" in capsys.readouterr().out
-    monkeypatch.setattr(torch, "compile", lambda network: network)
     example = torch.randn(3, 2)
+    assert cvae.compiled(network, [example], wanted=None) is network and capsys.readouterr().out == ""  # not on a processor, unless
+    assert cvae.compiled(network, [example], wanted=True) is network and "no C compiler" in capsys.readouterr().out  # asked for
+    monkeypatch.setattr(torch, "compile", lambda network: network)
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
-    assert cvae.compiled(network, [example], wanted=True) is network and network.weight.grad is None  # the trial leaves no gradient
+    assert cvae.compiled(network, [example], wanted=None) is network and network.weight.grad is None  # the trial leaves no gradient
+    assert "compiling" in capsys.readouterr().out
     assert cvae.compiled(network, [example], wanted=False) is network and capsys.readouterr().out == ""
 
 
@@ -1949,10 +1965,10 @@ def training_step(network, loss):
 def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
     batch, c, width = 64, torch.randn(64, 512), cvae.DEFAULTS["prior_width"]
     flow, kind, z = cvae.Flow((12, 8, 8), 512, width), torch.ones(64, dtype=torch.long), torch.randn(64, 12, 8, 8)
-    tokens = batch * 16
-    prior = share_of_the_machine(training_step(flow, lambda: cvae.flow_loss(flow, z, c, kind, picture=c)),
-                                 [(tokens, width, 3 * width), (tokens, width, width), (tokens, width, 4 * width),
-                                  (tokens, 4 * width, width)], batch)
+    tokens, hidden = batch * 16, flow.blocks[0].narrow.in_features
+    prior = share_of_the_machine(training_step(flow, lambda: cvae.flow_loss(flow, z, c, kind, c, 0.5)),
+                                 [(tokens, width, 3 * width), (tokens, width, width), (tokens, width, 2 * hidden),
+                                  (tokens, hidden, width)], batch)
     vae = cvae.VAE(64, 512).to(memory_format=torch.channels_last)
     x = torch.rand(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
 
@@ -2304,7 +2320,7 @@ def test_photographs_meet_the_bars(here):
         keep("ladder.json", figures)
         torch.save(judge.state_dict(), KEPT / "judge.pt")
     began = time.perf_counter()
-    cvae.main(["train", "--epochs", "6", "--prior-epochs", "195", "--run", "photographs"])
+    cvae.main(["train", "--epochs", "6", "--prior-epochs", "250", "--compile", "--run", "photographs"])
     figures |= {"minutes": (time.perf_counter() - began) / 60} | judge_photographs_run(Path("photographs/best.pt"), cvae.DATA, judge)
     cvae.main(["evaluate", "--checkpoint", "photographs"])
     table = json.loads(Path("photographs/evaluation.json").read_text())["table"]
