@@ -206,10 +206,7 @@ def encode_images(model, images):
 
 @torch.no_grad()
 def encode_texts(model, texts):
-    """Embed captions with CLIP: list of N strings -> unit vectors (N, D).
-
-    CLIP reads at most 77 tokens, about 55 words; what lies beyond is cut.
-    """
+    """Embed N captions with CLIP, which reads 77 tokens, some 55 words, of each: unit vectors (N, D)."""
     import clip
     device, embeddings = model.text_projection.device, []
     for start in tqdm(range(0, len(texts), 64), "CLIP, captions", leave=False, disable=len(texts) <= 512):
@@ -395,16 +392,14 @@ class VAE(nn.Module):
 # the true p(z | x, c), so raising it also makes the encoder a better guess of that.
 #
 # The likelihood p(x | z, c) is a Gaussian around the decoder's picture x̂ with one variance s² for all D
-# values. A fixed s² would secretly weigh the two terms against each other (the "beta" that is often tuned
-# by hand). But the best s² is known: it is the mean squared error. Putting it in gives ("sigma-VAE",
-# Rybkin et al. 2021, arXiv 2006.13202)
+# values. A fixed s² would weigh the two terms against each other, as a hand-tuned "beta" does. But the best
+# is known: the mean squared error. Putting it in gives (sigma-VAE, Rybkin et al. 2021, arXiv 2006.13202)
 #
 #     -log p(x | z, c) = D/2 log(2 pi s²) + |x - x̂|² / 2s²   =   D/2 log(2 pi e MSE)    at  s² = MSE
 #
 # Units. A natural logarithm counts nats; a bit is log 2 nats. Pixels are 256 levels, not real numbers. The
-# standard remedy spreads each level over its own width of 1/256 (dequantisation), which adds 1/(12·256²)
-# to the expected MSE. Then minus the ELBO is a bound on the bits that a picture takes, and it compares
-# across models:
+# remedy spreads each level over its width of 1/256 (dequantisation), which adds 1/(12·256²) to the expected
+# MSE. Then minus the ELBO is a bound on the bits that a picture takes, and compares across models:
 #
 #     bits per dimension = (NLL + KL) / (D log 2) + log2(256)
 
@@ -449,9 +444,8 @@ def original_loss(picture, x, kl, kl_weight=1.0, variance=None):
 OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 
 # A code stands for many pictures, and the decoder answers with their mean, which is smoother than any of
-# them: fur and leaves average out. To the likelihood what is lost is noise, but a picture drawn with noise of
-# variance s² is grainy. So for looking at, the detail that there is is turned up, by one number, until it is
-# as strong as in photographs (of the validation part).
+# them: fur and leaves average out. The likelihood calls it noise, but a picture with that noise is grainy. So
+# for looking at, one number turns the detail up until it is as strong as in (validation) photographs.
 
 def detail(pictures):
     """What a blur over 3x3 pixels takes away from pictures (N, 3, S, S): the same shape."""
@@ -483,10 +477,7 @@ WARM_UP = 50  # steps over which the learning rate rises
 
 
 def learning_rate(step, total, peak):
-    """Linear warm-up, a plateau, and a linear descent to zero over the second half of the steps.
-
-    A run that is resumed with more epochs goes back up to the plateau and descends at its new end.
-    """
+    """Linear warm-up, a plateau, and a linear descent to zero over the second half of the steps."""
     return peak * min(1, (step + 1) / WARM_UP, (total - step) / (0.5 * total))
 
 
@@ -821,9 +812,8 @@ def prior_part(vae, images, data, config, device, dtype, models):
 def draw_codes(flow, noise, embedding, kind, guidance, steps):
     """Follow the flow from noise (N, C, s, s) to codes: a list of steps + 1 tensors, the last one codes.
 
-    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) asks the network twice, with the condition
-    and without it, and exaggerates the difference: 1 draws from p(z | c), more than 1 draws what sets c
-    apart, surer and less varied.
+    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) asks the network with the condition and
+    without it, and exaggerates the difference: 1 draws from p(z | c), more than 1 is surer and less varied.
     """
     z, way, before = noise, [noise], None
     times = torch.linspace(1, 0, steps + 1, device=noise.device)

@@ -1032,6 +1032,27 @@ def test_the_flow_regresses_on_the_velocity_of_the_straight_line():
     assert 0.08 < dropped < 0.12 and set(seen["kind"].tolist()) == {cvae.CAPTION, cvae.NOTHING}
 
 
+def test_half_of_the_tokens_go_around_the_middle_blocks_in_training():
+    torch.manual_seed(0)
+    flow, seen = cvae.Flow((3, 8, 8), 5, 64), []
+    for block in flow.blocks:
+        nn.init.normal_(block.steer.bias)  # a new block passes everything on as it is
+        block.register_forward_hook(lambda block, given, made: seen.append((given[0], made)))
+    example = torch.randn(6, 3, 8, 8), torch.rand(6), torch.randn(6, 5), cvae.PICTURE
+    flow.train()(*example)
+    assert [given.shape[1] for given, _ in seen] == [16, 8, 8, 8, 8, 16]
+    (_, first), (entering, _), (_, leaving), (last, _) = seen[0], seen[1], seen[4], seen[5]
+    around = (first == last).all(2)
+    assert (around.sum(1) == 8).all() and len(set(map(tuple, around.tolist()))) == 6  # other tokens in every picture
+    for n in range(6):
+        for token, made in zip(entering[n], leaving[n]):  # who went through is back in its own place
+            place = (first[n] == token).all(1).nonzero().item()
+            assert torch.equal(last[n, place], made) and not around[n, place]
+    seen.clear()
+    flow.eval()(*example)
+    assert [given.shape[1] for given, _ in seen] == [16] * 6
+
+
 class Gauss(nn.Module):
     """The exact velocity where codes are N(m, s²): E[e - z | z_t] has a closed form; m depends on the condition."""
 
