@@ -2126,7 +2126,7 @@ def add_training_options(p):
            action=argparse.BooleanOptionalAction)
     p.add_argument("--compile", action=argparse.BooleanOptionalAction,
                    help="torch.compile (default: on CUDA). On a processor it needs a C++ compiler and a "
-                   "minute, and makes the prior a fifth faster")
+                   "minute, and makes the prior an eighth faster")
     p.add_argument("--precision", choices=["float32", "bfloat16", "float16"],
                    help="default: what the device does best")
     p.add_argument("--run", metavar="DIR", help="run folder (default: a new one in runs/)")
