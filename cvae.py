@@ -678,7 +678,7 @@ class Block(nn.Module):
         self.steer = nn.Linear(width, 6 * width)
         self.to_qkv = nn.Linear(width, 3 * width)
         self.from_heads = nn.Linear(width, width)
-        hidden = 64 * round(width / 24)  # with two matrices into it, as many weights as 4 W with one
+        hidden = 64 * round(width / 24)  # two thirds of 4 W, in 64s: SwiGLU has three matrices, not two
         self.widen = nn.Linear(width, 2 * hidden)
         self.narrow = nn.Linear(hidden, width)
         nn.init.zeros_(self.steer.weight)
@@ -732,8 +732,8 @@ class Flow(nn.Module):
         steering = F.silu(time + self.condition(embedding, kind))                       # (N, W)
         for number, block in enumerate(self.blocks):
             if self.training and number == 1:
-                # half of the tokens, others each time, go around the middle blocks: training is a third
-                # faster, and each block learns to do without its neighbours (TREAD, arXiv 2501.04765)
+                # half of the tokens, others each time, go around the middle blocks (TREAD, arXiv 2501.04765):
+                # a third faster. In sampling all of them go through all blocks, and that does no harm
                 shuffled = torch.rand(h.shape[:2], device=h.device).argsort(1)          # (N, T)
                 some = shuffled[:, ::2, None].expand(-1, -1, self.width)                # (N, T / 2, W)
                 everyone, h = h, h.gather(1, some)
