@@ -1987,9 +1987,9 @@ def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
     batch, c, width = 64, torch.randn(64, 512), cvae.DEFAULTS["prior_width"]
     flow, kind, z = cvae.Flow((12, 8, 8), 512, width), torch.ones(64, dtype=torch.long), torch.randn(64, 12, 8, 8)
     tokens, hidden = batch * 16, flow.blocks[0].narrow.in_features
-    prior = share_of_the_machine(training_step(flow, lambda: cvae.flow_loss(flow, z, c, kind, c, 0.5)),
-                                 [(tokens, width, 3 * width), (tokens, width, width), (tokens, width, 2 * hidden),
-                                  (tokens, hidden, width)], batch)
+    products = [(rows, inside, outside) for rows in (tokens, tokens // 2, tokens // 2)  # four of six blocks see half of the tokens
+                for inside, outside in ((width, 3 * width), (width, width), (width, 2 * hidden), (hidden, width))]
+    prior = share_of_the_machine(training_step(flow, lambda: cvae.flow_loss(flow, z, c, kind, c, 0.5)), products, batch)
     vae = cvae.VAE(64, 512).to(memory_format=torch.channels_last)
     x = torch.rand(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
 
