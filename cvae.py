@@ -835,7 +835,7 @@ def draw_codes(flow, noise, embedding, kind, guidance, steps):
 # for it, the decoder draws the code. `sample --image` starts from CLIP's image encoder instead.
 # `--interpolate` keeps the noise and walks from one condition to another. `--rerank` lets CLIP choose.
 
-GUIDANCE = 1.6  # chosen on the validation part, with sureness and variety both in view
+GUIDANCE = 1.5  # chosen on the validation part, with sureness and variety both in view
 STEPS = 16      # more change little
 
 
