@@ -1034,7 +1034,7 @@ def test_the_flow_regresses_on_the_velocity_of_the_straight_line():
 
 def test_half_of_the_tokens_go_around_the_middle_blocks_in_training():
     torch.manual_seed(0)
-    flow, seen = cvae.Flow((3, 8, 8), 5, 64), []
+    flow, seen = cvae.Flow((3, 8, 8), 5, 64, detour=True), []
     for block in flow.blocks:
         nn.init.normal_(block.steer.bias)  # a new block passes everything on as it is
         block.register_forward_hook(lambda block, given, made: seen.append((given[0], made)))
@@ -1048,9 +1048,11 @@ def test_half_of_the_tokens_go_around_the_middle_blocks_in_training():
         for token, made in zip(entering[n], leaving[n]):  # who went through is back in its own place
             place = (first[n] == token).all(1).nonzero().item()
             assert torch.equal(last[n, place], made) and not around[n, place]
-    seen.clear()
-    flow.eval()(*example)
-    assert [given.shape[1] for given, _ in seen] == [16] * 6
+    for training, detour in ((False, True), (True, False)):
+        seen.clear()
+        flow.detour = detour
+        flow.train(training)(*example)
+        assert [given.shape[1] for given, _ in seen] == [16] * 6
 
 
 class Gauss(nn.Module):
@@ -1985,7 +1987,7 @@ def training_step(network, loss):
 @pytest.mark.speed
 def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
     batch, c, width = 64, torch.randn(64, 512), cvae.DEFAULTS["prior_width"]
-    flow, kind, z = cvae.Flow((12, 8, 8), 512, width), torch.ones(64, dtype=torch.long), torch.randn(64, 12, 8, 8)
+    flow, kind, z = cvae.Flow((12, 8, 8), 512, width, detour=True), torch.ones(64, dtype=torch.long), torch.randn(64, 12, 8, 8)
     tokens, hidden = batch * 16, flow.blocks[0].narrow.in_features
     products = [(rows, inside, outside) for rows in (tokens, tokens // 2, tokens // 2)  # four of six blocks see half of the tokens
                 for inside, outside in ((width, 3 * width), (width, width), (width, 2 * hidden), (hidden, width))]
@@ -2160,7 +2162,7 @@ def test_the_demo_meets_the_bars(here):
             run = Path(f"seed-{seed}")
             config = torch.load(first / "last.pt", weights_only=True)["config"]
             cvae.main(["train", "--data", "data/toy.pt", "--epochs", str(config["epochs"]), "--prior-epochs", str(config["prior_epochs"]),
-                       "--channels", "8", "--prior-width", "128", "--no-flip", "--seed", str(seed), "--run", str(run)])
+                       "--channels", "8", "--prior-width", "128", "--no-flip", "--no-detour", "--seed", str(seed), "--run", str(run)])
             cvae.main(["evaluate", "--guidance", str(cvae.DEMO_GUIDANCE), "--checkpoint", str(run)])
         table = json.loads((run / "evaluation.json").read_text())["table"]
         figures[f"seed {seed}"] = judge_demo(run) | {"R-precision": table[f"samples, guidance {cvae.DEMO_GUIDANCE:g}"]["R-precision"],
