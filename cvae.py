@@ -789,7 +789,7 @@ def prior_part(vae, images, data, config, device, dtype, models):
 
     def loss(rows, step, total):
         picture = flow.condition.standardise(data["image_embeddings"][rows], PICTURE)   # (n, D)
-        hint = max(0, 0.5 - step / total)  # fades out half-way: later it is in the way (arXiv 2505.16792)
+        hint = 0.5 * (1 - step / total)  # fades out: in the end it is in the way (arXiv 2505.16792)
         with autocast(device, dtype):
             return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device), picture, hint)
 
@@ -2155,7 +2155,6 @@ DEMO_PROMPTS = ["a sheep on green grass under a blue sky", "two cows in the snow
                 "a cow on a bare field under a blue sky", "a horse in the snow at night",
                 "two horses on green grass at sunset", "two sheep on a bare field under a grey sky",
                 "a sheep on a bare field at night", "a cow in the snow at sunset"]  # the last two are unseen
-DEMO_GUIDANCE = 2.5  # drawings of one scene differ little, so a surer guidance costs them no variety
 
 
 def demo(args):
@@ -2177,8 +2176,8 @@ def demo(args):
             "--data data/toy.pt")
     type_in(f"{train} --channels 8")
     grid = newest_run("best.pt")
-    type_in(f"sample -n 4 --guidance {DEMO_GUIDANCE} {shlex.join(DEMO_PROMPTS)}")
-    type_in(f"evaluate --guidance {DEMO_GUIDANCE}")
+    type_in(f"sample -n 4 {shlex.join(DEMO_PROMPTS)}")
+    type_in("evaluate")
     if args.compare:
         type_in(f"{train} --latents flat")
         runs = {"flat": newest_run("best.pt"), "grid": grid}

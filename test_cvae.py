@@ -1311,16 +1311,16 @@ def test_the_loss_of_ignorance_is_that_of_a_grey_picture(world):
     assert part.ignorance == pytest.approx(0.5 * np.log2(2 * np.pi * np.e * (variance + 1 / 12 / 256**2)) + 8, abs=1e-3)
 
 
-def test_the_hint_fades_out_half_way(world):
-    """A new network guesses nothing (cosine 0, or nearly): the hint costs its weight, 0.5 at first, and from the middle on it is free."""
+def test_the_hint_fades_out(world):
+    """A new network guesses nothing (cosine 0, or nearly): the hint costs its weight, 0.5 at first, half of that half-way, nothing at the end."""
     data = cvae.load_data(world / "data.pt")
     images, config = cvae.pool_images(data["images"], 64), cvae.DEFAULTS | {"condition_dim": 16, "prior_width": 64}
     part = cvae.prior_part(cvae.VAE(64, 16).eval(), images, data, config, torch.device("cpu"), torch.float32, {})
     losses = []
-    for step in (0, 25, 50, 99):
+    for step in (0, 50, 100):
         torch.manual_seed(0)
         losses.append(part.loss(part.rows[:32], step, 100).item())
-    assert losses[3] == losses[2] and losses[0] - losses[2] == pytest.approx(0.5, abs=0.2)
+    assert losses[0] - losses[2] == pytest.approx(0.5, abs=0.2)
     assert losses[0] - losses[1] == pytest.approx((losses[0] - losses[2]) / 2, rel=1e-3)
 
 
@@ -2131,13 +2131,13 @@ def test_moons_are_counted():
 
 
 def judge_demo(run, count=32):
-    """Shares of samples that show what the prompt asks for, seen | unseen combinations, at the demo's guidance."""
+    """Shares of samples that show what the prompt asks for, seen | unseen combinations, at the default guidance."""
     models, config = cvae.load_models(run / "best.pt", torch.device("cpu"))
     texts = cvae.encode_texts(cvae.load_clip(config["clip"]), cvae.DEMO_PROMPTS)
     right = {name: {False: [], True: []} for name in ("sky", "ground", "animal", "number", "moon")}
     for scene, text in zip(SCENES, texts):
         torch.manual_seed(0)
-        pictures = cvae.generate(models, text.expand(count, -1), cvae.CAPTION, torch.randn(count, *models["vae"].shape), cvae.DEMO_GUIDANCE)
+        pictures = cvae.generate(models, text.expand(count, -1), cvae.CAPTION, torch.randn(count, *models["vae"].shape))
         (sky, ground), answers, unseen = colours(pictures), train_judge()(pictures), scene[:3] in cvae.UNSEEN
         right["animal"][unseen].append(answers[:, 0] == list(cvae.SUBJECTS).index(scene[0]))
         right["ground"][unseen].append(ground == list(cvae.GROUNDS).index(scene[1]))
@@ -2163,9 +2163,9 @@ def test_the_demo_meets_the_bars(here):
             config = torch.load(first / "last.pt", weights_only=True)["config"]
             cvae.main(["train", "--data", "data/toy.pt", "--epochs", str(config["epochs"]), "--prior-epochs", str(config["prior_epochs"]),
                        "--channels", "8", "--prior-width", "128", "--no-flip", "--no-detour", "--seed", str(seed), "--run", str(run)])
-            cvae.main(["evaluate", "--guidance", str(cvae.DEMO_GUIDANCE), "--checkpoint", str(run)])
+            cvae.main(["evaluate", "--checkpoint", str(run)])
         table = json.loads((run / "evaluation.json").read_text())["table"]
-        figures[f"seed {seed}"] = judge_demo(run) | {"R-precision": table[f"samples, guidance {cvae.DEMO_GUIDANCE:g}"]["R-precision"],
+        figures[f"seed {seed}"] = judge_demo(run) | {"R-precision": table[f"samples, guidance {cvae.GUIDANCE:g}"]["R-precision"],
                                                      "R-precision of drawings": table["photographs"]["R-precision"]}
         keep("bars.json", figures)
     print(json.dumps(figures, indent=2))
