@@ -98,7 +98,8 @@ from tqdm import tqdm
 # %% 1. The data ------------------------------------------------------------------------------------
 # MS-COCO (Lin et al. 2014, arXiv 1405.0312) has 118,287 training photographs with five captions each. We
 # want the rural ones, and we let the captions choose: a photograph is bucolic when somebody who described
-# it used one of a few words. A narrow subject is what lets so small a model learn it.
+# it used one of a few words. (COCO also outlines objects of 80 kinds, but hills and meadows are none of
+# them.) A narrow subject is what lets so small a model learn it.
 
 THEMES = {
     "bucolic": ["cow", "sheep"],
@@ -133,7 +134,8 @@ def read_captions(path, words):
     # pycocotools joins the two lists; it takes half a second for all of train2017, and it prints
     from pycocotools.coco import COCO
     coco = COCO()
-    coco.dataset = {"images": images, "annotations": [a | {"id": i} for i, a in enumerate(annotations)]}
+    numbered = [annotation | {"id": number} for number, annotation in enumerate(annotations)]
+    coco.dataset = {"images": images, "annotations": numbered}  # it wants captions to have numbers, too
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     photographs = {}  # by file name: a photograph that is listed twice is one photograph
@@ -258,6 +260,7 @@ class Condition(nn.Module):
     def forward(self, embedding, kind):
         kind = torch.as_tensor(kind, device=embedding.device).expand(len(embedding))
         known = self.project(self.standardise(embedding, kind.clamp(max=CAPTION)))      # (N, width)
+        # NOTHING has no mean and deviation; it borrowed a caption's, and what came of it is not used
         return torch.where(kind[:, None] == NOTHING, 0.0, known) + self.kind(kind)
 
 
@@ -323,7 +326,8 @@ class VAE(nn.Module):
     """Encoder and decoder. size: pixels (64 or 128); condition_dim: D; latents: "grid" or "flat".
 
     The code z is (N, C, s, s): C = channels and s = size / 8 for a grid, C = 128 and s = 1 for a flat code,
-    so that everything else treats both alike. dropout drops numbers of z while training, as in the report.
+    so that everything else treats both alike. dropout drops numbers of z while training, as in the report:
+    a decoder that can't rely on z has to use the condition.
     """
 
     def __init__(self, size, condition_dim, latents="grid", dropout=0.0, channels=CHANNELS):
@@ -391,9 +395,9 @@ class VAE(nn.Module):
 # p(z) = N(0, I). Training raises the bound; we lower its negative. What the bound loses is the KL from q to
 # the true p(z | x, c), so raising it also makes the encoder a better guess of that.
 #
-# The likelihood p(x | z, c) is a Gaussian around the decoder's picture x̂ with one variance s² for all D
-# values. A fixed s² would weigh the two terms against each other, as a hand-tuned "beta" does. But the best
-# is known: the mean squared error. Putting it in gives (sigma-VAE, Rybkin et al. 2021, arXiv 2006.13202)
+# The likelihood p(x | z, c) is a Gaussian around the decoder's picture x̂, with one variance s² for all its D
+# values (3 S S). A fixed s² would weigh the two terms against each other, as a hand-tuned "beta" does. The
+# best one is known, the mean squared error: put it in (sigma-VAE, Rybkin et al. 2021, arXiv 2006.13202)
 #
 #     -log p(x | z, c) = D/2 log(2 pi s²) + |x - x̂|² / 2s²   =   D/2 log(2 pi e MSE)    at  s² = MSE
 #
@@ -658,7 +662,8 @@ def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interr
 # to t = 0 ends in a draw from p(z | c). That is all of sampling.
 #
 # The network is a small transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748): each 2x2 patch of the grid
-# is a token, and attention lets all patches agree with each other. A flat code is a single token.
+# is a token (a token for each cell would be four times the work), and attention lets all patches agree with
+# each other. A flat code is a single token.
 
 TIME = 64  # numbers that describe the time t
 HEAD = 64  # width of an attention head
