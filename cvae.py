@@ -683,7 +683,9 @@ class Block(nn.Module):
         self.steer = nn.Linear(width, 6 * width)
         self.to_qkv = nn.Linear(width, 3 * width)
         self.from_heads = nn.Linear(width, width)
-        self.dense = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+        hidden = 64 * round(width / 24)  # two thirds of 4 W, in 64s: SwiGLU has three matrices, not two
+        self.widen = nn.Linear(width, 2 * hidden)
+        self.narrow = nn.Linear(hidden, width)
         nn.init.zeros_(self.steer.weight)
         nn.init.zeros_(self.steer.bias)
 
@@ -694,7 +696,8 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / 8) v: each token asks all others
         h = h + gate_a * self.from_heads(mixed.transpose(1, 2).flatten(2))
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_d) + shift_d
-        return h + gate_d * self.dense(normed)
+        what, how_much = self.widen(normed).chunk(2, dim=2)  # SwiGLU (arXiv 2002.05202): (N, T, hidden) each
+        return h + gate_d * self.narrow(what * F.silu(how_much))
 
 
 class Flow(nn.Module):
@@ -750,20 +753,20 @@ class Flow(nn.Module):
         return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch), guess  # (N, C, s, s) again
 
 
-def flow_loss(flow, z, embedding, kind, picture=None, drop=0.1):
+def flow_loss(flow, z, embedding, kind, picture=None, hint=0.0, drop=0.1):
     """Mean squared error of the guessed velocities of standardised codes z (n, C, s, s): a scalar.
 
     Three details. Times are logit-normal: the middle of the way, where the guess is hardest, is visited most
     (Esser et al. 2024, arXiv 2403.03206). A tenth of the conditions is dropped, so that the network also
     learns pictures in general; guidance needs that. And the lower half guesses the picture's own embedding
-    (n, D), if given: told by CLIP what a picture shows, it learns sooner (REPA, arXiv 2410.06940).
+    (n, D), with the weight `hint`: told by CLIP what it shows, it learns sooner (REPA, arXiv 2410.06940).
     """
     t = torch.sigmoid(torch.randn(len(z), 1, 1, 1, device=z.device))                    # (n, 1, 1, 1)
     noise = torch.randn_like(z)
     kind = torch.where(torch.rand(len(z), device=z.device) < drop, NOTHING, kind)
     velocity, guess = flow((1 - t) * z + t * noise, t.flatten(), embedding, kind)
     loss = F.mse_loss(velocity.float(), noise - z)
-    return loss if picture is None else loss + 0.5 * (1 - F.cosine_similarity(guess.float(), picture).mean())
+    return loss + hint * (1 - F.cosine_similarity(guess.float(), picture).mean()) if hint else loss
 
 
 def prior_part(vae, images, data, config, device, dtype, models):
@@ -791,8 +794,9 @@ def prior_part(vae, images, data, config, device, dtype, models):
 
     def loss(rows, step, total):
         picture = flow.condition.standardise(data["image_embeddings"][rows], PICTURE)   # (n, D)
+        hint = 0.5 * (1 - step / total)  # fades out: in the end it is in the way (arXiv 2505.16792)
         with autocast(device, dtype):
-            return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device), picture)
+            return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device), picture, hint)
 
     unseen = rows_of(data, VALIDATION)
 
@@ -1506,7 +1510,7 @@ def encode_photographs(vae, images, data, rows, device, flip=False):
 
 # Runs and checkpoints ------------------------------------------------------------------------------
 
-CHECKPOINT_VERSION = 8
+CHECKPOINT_VERSION = 7
 
 def save_checkpoint(path, config, models, history, training=None):
     """Write what sampling needs and, in last.pt, what resuming needs besides."""

@@ -1025,7 +1025,7 @@ def test_the_flow_regresses_on_the_velocity_of_the_straight_line():
     assert cvae.flow_loss(Oracle(), z, None, kind).item() < 1e-3
     # a guess that points away from the picture, or nowhere near it, costs half of 1 minus its cosine
     for picture, expected in (([1.0, 0.0], 0), ([0.0, 2.0], 0.5), ([-1.0, 0.0], 1)):
-        loss = cvae.flow_loss(Oracle(), z, None, kind, torch.tensor([picture]).expand(len(z), 2))
+        loss = cvae.flow_loss(Oracle(), z, None, kind, torch.tensor([picture]).expand(len(z), 2), hint=0.5)
         assert loss.item() == pytest.approx(expected, abs=1e-3)
     logit = torch.logit(seen["t"].double())
     assert logit.mean().abs() < 0.06 and (logit.std() - 1).abs() < 0.06  # logit-normal times
@@ -1318,6 +1318,19 @@ def test_the_prior_begins_at_the_loss_of_ignorance(world):
     images, config = cvae.pool_images(data["images"], 64), cvae.DEFAULTS | {"condition_dim": 16, "prior_width": 64}
     part = cvae.prior_part(cvae.VAE(64, 16).eval(), images, data, config, torch.device("cpu"), torch.float32, {})
     assert part.loss(part.rows, 0, 100).item() == pytest.approx(2.5, abs=0.2) and part.ignorance == 2.5
+
+
+def test_the_hint_fades_out(world):
+    """A new network guesses nothing (cosine 0, or nearly): the hint costs its weight, 0.5 at first, half of that half-way, nothing at the end."""
+    data = cvae.load_data(world / "data.pt")
+    images, config = cvae.pool_images(data["images"], 64), cvae.DEFAULTS | {"condition_dim": 16, "prior_width": 64}
+    part = cvae.prior_part(cvae.VAE(64, 16).eval(), images, data, config, torch.device("cpu"), torch.float32, {})
+    losses = []
+    for step in (0, 50, 100):
+        torch.manual_seed(0)
+        losses.append(part.loss(part.rows[:32], step, 100).item())
+    assert losses[0] - losses[2] == pytest.approx(0.5, abs=0.2)
+    assert losses[0] - losses[1] == pytest.approx((losses[0] - losses[2]) / 2, rel=1e-3)
 
 
 class Blurred(nn.Module):
@@ -1984,10 +1997,10 @@ def training_step(network, loss):
 def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
     batch, c, width = 64, torch.randn(64, 512), cvae.DEFAULTS["prior_width"]
     flow, kind, z = cvae.Flow((12, 8, 8), 512, width, detour=True), torch.ones(64, dtype=torch.long), torch.randn(64, 12, 8, 8)
-    tokens, hidden = batch * 16, 4 * width
+    tokens, hidden = batch * 16, flow.blocks[0].narrow.in_features
     products = [(rows, inside, outside) for rows in (tokens, tokens // 2, tokens // 2)  # four of six blocks see half of the tokens
-                for inside, outside in ((width, 3 * width), (width, width), (width, hidden), (hidden, width))]
-    prior = share_of_the_machine(training_step(flow, lambda: cvae.flow_loss(flow, z, c, kind, c)), products, batch)
+                for inside, outside in ((width, 3 * width), (width, width), (width, 2 * hidden), (hidden, width))]
+    prior = share_of_the_machine(training_step(flow, lambda: cvae.flow_loss(flow, z, c, kind, c, 0.5)), products, batch)
     vae = cvae.VAE(64, 512).to(memory_format=torch.channels_last)
     x = torch.rand(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
 
@@ -2338,7 +2351,7 @@ def test_photographs_meet_the_bars(here):
         keep("ladder.json", figures)
         torch.save(judge.state_dict(), KEPT / "judge.pt")
     began = time.perf_counter()
-    cvae.main(["train", "--epochs", "6", "--prior-epochs", "265", "--compile", "--run", "photographs"])
+    cvae.main(["train", "--epochs", "6", "--prior-epochs", "225", "--compile", "--run", "photographs"])
     figures |= {"minutes": (time.perf_counter() - began) / 60} | judge_photographs_run(Path("photographs/best.pt"), cvae.DATA, judge)
     cvae.main(["evaluate", "--checkpoint", "photographs"])
     table = json.loads(Path("photographs/evaluation.json").read_text())["table"]
