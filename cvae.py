@@ -98,8 +98,7 @@ from tqdm import tqdm
 # %% 1. The data ------------------------------------------------------------------------------------
 # MS-COCO (Lin et al. 2014, arXiv 1405.0312) has 118,287 training photographs with five captions each. We
 # want the rural ones, and we let the captions choose: a photograph is bucolic when somebody who described
-# it used one of a few words. (COCO also outlines objects of 80 kinds, but hills and meadows are none of
-# them.) A narrow subject is what lets so small a model learn it.
+# it used one of a few words (COCO's own labels know no hills). So small a model can learn a narrow subject.
 
 THEMES = {
     "bucolic": ["cow", "sheep"],
@@ -131,11 +130,10 @@ def read_captions(path, words):
     file is missing, is no captions file, or nothing matches.
     """
     images, annotations = read_records(path)
-    # pycocotools joins the two lists; it takes half a second for all of train2017, and it prints
+    # pycocotools joins the two lists, half a second for train2017; it wants captions numbered, and it prints
     from pycocotools.coco import COCO
     coco = COCO()
-    numbered = [annotation | {"id": number} for number, annotation in enumerate(annotations)]
-    coco.dataset = {"images": images, "annotations": numbered}  # it wants captions to have numbers, too
+    coco.dataset = {"images": images, "annotations": [a | {"id": i} for i, a in enumerate(annotations)]}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     photographs = {}  # by file name: a photograph that is listed twice is one photograph
@@ -326,8 +324,7 @@ class VAE(nn.Module):
     """Encoder and decoder. size: pixels (64 or 128); condition_dim: D; latents: "grid" or "flat".
 
     The code z is (N, C, s, s): C = channels and s = size / 8 for a grid, C = 128 and s = 1 for a flat code,
-    so that everything else treats both alike. dropout drops numbers of z while training, as in the report:
-    a decoder that can't rely on z has to use the condition.
+    so that everything else treats both alike. dropout on z, the report's, makes the decoder rely more on c.
     """
 
     def __init__(self, size, condition_dim, latents="grid", dropout=0.0, channels=CHANNELS):
@@ -662,8 +659,7 @@ def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interr
 # to t = 0 ends in a draw from p(z | c). That is all of sampling.
 #
 # The network is a small transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748): each 2x2 patch of the grid
-# is a token (a token for each cell would be four times the work), and attention lets all patches agree with
-# each other. A flat code is a single token.
+# is a token (cells would be four times the work), and by attention all patches agree. A flat code is one.
 
 TIME = 64  # numbers that describe the time t
 HEAD = 64  # width of an attention head
