@@ -2164,6 +2164,7 @@ def test_the_demo_meets_the_bars(here):
     began = time.perf_counter()
     said = subprocess.run([sys.executable, str(HERE / "cvae.py"), "demo"], check=True, stdout=subprocess.PIPE, text=True).stdout
     figures = {"demo, minutes": (time.perf_counter() - began) / 60}
+    print(said)
     training = shlex.split(re.search(r"\$ python cvae.py (train .*)", said)[1])  # as the demo types it
     [first] = (here / "runs").iterdir()
     for seed in map(int, os.environ.get("SEEDS", "0,1,2").split(",")):
