@@ -48,15 +48,9 @@ import os
 import signal
 import sys
 
-
-def say_goodbye(*_):
-    """Ctrl-C while PyTorch is being imported, which takes seconds: one line, no traceback."""
-    os.write(2, b"\nInterrupted.\n")
-    os._exit(1)
-
-
 if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a notebook interrupts in its own way
-    signal.signal(signal.SIGINT, say_goodbye)
+    # Ctrl-C while PyTorch is being imported, which takes seconds: one line, no traceback
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nInterrupted.\n"), os._exit(1)))
 
 import argparse
 import contextlib
@@ -69,7 +63,6 @@ import math
 import random
 import re
 import shlex
-import shutil
 import socket
 import tempfile
 import time
@@ -93,7 +86,10 @@ from torch import nn
 from tqdm import tqdm
 
 # clip, torchvision, pycocotools and matplotlib take a second or more to import, so each is imported where
-# it is used: `--help` should not wait for a plotting library.
+# it is used: `--help` should not wait for a plotting library. And there are warnings about which a reader can
+# do nothing: clip uses what is deprecated elsewhere, and matplotlib has no glyph for a prompt's emoji.
+for about in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", "Glyph":
+    warnings.filterwarnings("ignore", about)
 
 # %% 1. The data ------------------------------------------------------------------------------------
 # MS-COCO (Lin et al. 2014, arXiv 1405.0312) has 118,287 training photographs with five captions each. We
@@ -126,8 +122,8 @@ def word_pattern(words):
 def read_captions(path, words):
     """The photographs of a COCO captions file whose captions mention one of `words`.
 
-    Returns a list of dicts with id, file_name, url, width, height and captions. Raises Stop when the
-    file is missing, is no captions file, or nothing matches.
+    Returns a list of dicts with id, file_name, size (w, h) and captions. Raises Stop when the file is missing,
+    is no captions file, or nothing matches.
     """
     images, annotations = read_records(path)
     # pycocotools joins the two lists, half a second for train2017; it wants captions numbered, and it prints
@@ -567,7 +563,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     learners = {"network": network, "mean": mean, "optimizer": optimizer, "scaler": scaler}
-    state = {"part": part.name, "step": 0, "running": 0.0, "best": math.inf, "done": False}
+    state = {"part": part.name, "step": 0, "running": 0.0, "best": math.inf}
     if saved:
         state = {name: saved[name] for name in state}
         for name, learner in learners.items():
@@ -575,7 +571,6 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
     drawn = time.monotonic()
 
     def save_last():
-        state["done"] = state["step"] >= total
         state["running"] = float(state["running"])
         weights = {name: learner.state_dict() for name, learner in learners.items()}
         save_checkpoint(run / "last.pt", config, models, history, state | weights)
@@ -605,7 +600,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
                     part.draw(run / "epoch.png", mean)
                     drawn = time.monotonic()
             save_last()
-            if interrupted and not is_finished(config, state):
+            if interrupted and epochs_left(config, history):
                 raise KeyboardInterrupt(f"Stopped at step {state['step']} of {total}, nothing is lost. Go on "
                                         f"with: python cvae.py train --resume --run {run}")
 
@@ -1008,12 +1003,11 @@ def draw_pasture(scene, seed):
     The scene fixes what a caption can say; the seed settles the rest: skyline, clouds, sizes, places.
     """
     animal, ground, sky, relief, count, side = scene
-    dice, light = random.Random(seed), LIGHT[sky]
+    dice, light, earth = random.Random(seed), LIGHT[sky], GROUND_COLOURS[ground]
+    horizon, variant = dice.uniform(0.45, 0.48) * SIZE, dice.choice((0.0, 0.33, 0.67))  # of three skylines
     top, bottom = np.array(SKY_COLOURS[sky], dtype=float)
-    horizon = dice.uniform(0.45, 0.48) * SIZE
-    variant = dice.choice((0.0, 0.33, 0.67))  # of three skylines
     blend = np.clip(np.arange(SIZE) / horizon, 0, 1)[:, None, None]
-    rows = (top * (1 - blend) + bottom * blend).repeat(SIZE, axis=1)               # (128, 128, 3)
+    rows = (top * (1 - blend) + bottom * blend).repeat(SIZE, axis=1)                    # (128, 128, 3)
     picture = Image.fromarray(rows.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
 
@@ -1034,14 +1028,12 @@ def draw_pasture(scene, seed):
         for place, height, r in ((0.15, 0.13, 0.08), (0.6, 0.2, 0.07)):
             for dx, dy in ((-1.2, 0.3), (0, 0), (1.1, 0.35)):
                 disc((place + shift) % 1 + dx * r, height + dy * r, r, cloud, flat=0.6)
-    earth = GROUND_COLOURS[ground]
     if relief == "mountains":
         for place, height in ((0.1, 0.2), (0.75, 0.18), (0.4, 0.26)):
             x, height = (place + variant) % 1 * SIZE, height * SIZE
             for part, colour in ((1, (106, 112, 132)), (0.3, (240, 243, 248))):  # rock, then a snowy top
-                foot = horizon - (1 - part) * height
-                left, right = x - 1.2 * part * height, x + 1.2 * part * height
-                draw.polygon([(left, foot), (x, horizon - height), (right, foot)], fill=shade(colour))
+                foot, half = horizon - (1 - part) * height, 1.2 * part * height
+                draw.polygon([(x - half, foot), (x, horizon - height), (x + half, foot)], fill=shade(colour))
     else:
         for layer, factor in ((0.09, 0.72), (0.04, 0.84)):
             phase = 6.3 * (variant + 5 * layer)
@@ -1049,10 +1041,10 @@ def draw_pasture(scene, seed):
                     for x in range(0, SIZE + 4, 4)]
             draw.polygon([*line, (SIZE, SIZE), (0, SIZE)], fill=shade(earth, factor))
     draw.rectangle((0, horizon, SIZE, SIZE), fill=shade(earth))
-    width = (0.56, 0.44, 0.34)[count - 1] * SIZE
     places = {1: [0.32 if side == "left" else 0.68], 2: [0.26, 0.74], 3: [0.18, 0.5, 0.82]}[count]
     for place in places:
         x, y = (place + dice.uniform(-0.015, 0.015)) * SIZE, dice.uniform(0.87, 0.9) * SIZE
+        width = (0.56, 0.44, 0.34)[count - 1] * SIZE
         draw_animal(draw, animal, x, y, width, 1 if side == "left" else -1, light)
     return picture
 
@@ -1061,8 +1053,8 @@ def caption_pasture(scene, dice):
     """Five captions of a scene, the first one the shortest full description."""
     animal, ground, sky, relief, count, side = scene
     subject, where = SUBJECTS[animal][count - 1], f"on the {side}" if count == 1 else "side by side"
-    grounds, skies, reliefs = (dice.sample(words[key], 2) for words, key in
-                               ((GROUNDS, ground), (SKIES, sky), (RELIEFS, relief)))
+    words = GROUNDS[ground], SKIES[sky], RELIEFS[relief]
+    grounds, skies, reliefs = (dice.sample(both, 2) for both in words)
     return [f"{subject} {GROUNDS[ground][0]} {SKIES[sky][0]}",
             f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
             f"{subject} {skies[1]}, {where}, {grounds[1]}", f"{subject} {grounds[0]} {reliefs[1]}",
@@ -1079,9 +1071,7 @@ def random_scene(dice):
 
 def draw_toy_world(root):
     """Write the toy world as a COCO folder: root/toy/*.jpg and root/annotations/captions_toy.json."""
-    dice = random.Random(0)
-    (root / "toy").mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    dice, images, annotations = random.Random(0), [], []
     for number in tqdm(range(TOY_IMAGES), desc="drawing pastures", unit="img"):
         scene, name = random_scene(dice), f"{number:012}.jpg"
         with atomic(root / "toy" / name) as temporary:
@@ -1094,42 +1084,33 @@ def draw_toy_world(root):
 
 def train_toy_clip(root, path, steps=400, batch=128):
     """Train a miniature CLIP on the toy world, with CLIP's own loss; save it for clip.load."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import clip
-        from clip.model import CLIP
+    import clip
+    from clip.model import CLIP
     photographs = read_captions(root / "annotations/captions_toy.json", SUBJECTS)
     pixels = torch.stack([centre_square(decode(root / "toy" / p["file_name"], 48), 48)
                           for p in tqdm(photographs, desc="reading pastures", unit="img")])
-    pixels = (pixels / 255 - CLIP_MEAN) / CLIP_STD                                     # (N, 3, 48, 48)
+    pixels = (pixels / 255 - CLIP_MEAN) / CLIP_STD                                      # (N, 3, 48, 48)
     texts = [caption for p in photographs for caption in p["captions"]]
-    tokens = clip.tokenize(texts, 24).view(len(photographs), CAPTIONS, 24)             # (N, 5, 24)
+    tokens = clip.tokenize(texts, 24).view(len(photographs), CAPTIONS, 24)              # (N, 5, 24)
     torch.manual_seed(0)
     model = CLIP(embed_dim=32, image_resolution=48, vision_layers=2, vision_width=64, vision_patch_size=8,
                  context_length=24, vocab_size=49408, transformer_width=64, transformer_heads=1,
                  transformer_layers=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    with tqdm(range(steps), desc="training a miniature CLIP") as bar:
-        for step in bar:
-            index = torch.randint(len(pixels), (batch,))
-            captions = tokens[index, torch.randint(CAPTIONS, (batch,))]
-            # every picture against every caption of the batch: the pairs are on the diagonal
-            logits, _ = model(pixels[index], captions)                                 # (n, n)
-            target = torch.arange(batch)
-            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-    with atomic(path) as temporary:
-        torch.save(model.state_dict(), temporary)
+    for _ in tqdm(range(steps), desc="training a miniature CLIP"):
+        index, target = torch.randint(len(pixels), (batch,)), torch.arange(batch)
+        # every picture against every caption of the batch: the pairs are on the diagonal
+        logits, _ = model(pixels[index], tokens[index, torch.randint(CAPTIONS, (batch,))])  # (n, n)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    save(model.state_dict(), path)
 
 
 # %% Appendix B. Devices, files, downloads ------------------------------------------------------------
-
 
 def choose_device(wish=None):
     """The device that was wished for, or the fastest that PyTorch sees."""
@@ -1157,22 +1138,20 @@ def cpu_autocast():
 
 
 def choose_precision(device, wish=None):
-    """The number format of convolutions and matrix products, and why: a torch.dtype and a few words.
+    """The number format of convolutions and matrix products, by default the fastest that serves.
 
     bfloat16 has float32's range and needs no care. float16 is what an older card (Colab's T4) computes
     fast; its range is small, so fit scales the loss. Losses and normalisations stay in float32.
     """
-    possible = [torch.float32]
-    if device.type == "cuda":  # a T4 only emulates bfloat16, slowly: ask for the real thing
-        real = torch.cuda.is_bf16_supported(including_emulation=False)
-        possible = [torch.bfloat16, torch.float16, torch.float32] if real else [torch.float16, torch.float32]
-    elif device.type == "cpu":
-        slow = [torch.float32, torch.bfloat16, torch.float16]
-        possible = [torch.bfloat16, torch.float32, torch.float16] if cpu_has_bfloat16() else slow
-    if wish and getattr(torch, wish) not in possible:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in possible)
-        raise Stop(f"This {device.type} device can't compute in {wish}; --precision takes one of: {names}.")
-    return (getattr(torch, wish), "as asked") if wish else (possible[0], "the fastest that it computes well")
+    possible = {"cuda": ["bfloat16", "float16", "float32"], "mps": ["float32"],
+                "cpu": ["float32", "bfloat16", "float16"]}[device.type]
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        possible.remove("bfloat16")  # a T4 only emulates it, slowly
+    if wish and wish not in possible:
+        raise Stop(f"This {device.type} device can't compute in {wish}; --precision takes one of: "
+                   f"{', '.join(possible)}.")
+    best = "bfloat16" if device.type == "cpu" and cpu_has_bfloat16() else possible[0]
+    return getattr(torch, wish or best)
 
 
 # Expected failures, and files that are never half written ------------------------------------------
@@ -1203,6 +1182,52 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
+def must_be_writable(folder, file=None):
+    """Try to write before the work, not after it. Raises Stop with the real reason."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise Stop(f"Nothing can be written in {folder}: {error.strerror}.") from error
+    if file and file.is_dir():
+        raise Stop(f"{file} is a folder, not a file that could be written.")
+
+
+def save(obj, path):
+    """Write tensors, numbers and strings to `path` with torch.save, atomically."""
+    try:
+        with atomic(path) as temporary:
+            torch.save(obj, temporary)
+    except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
+        raise Stop(f"{path} could not be written ({first_line(error)}). What was there before is "
+                   "untouched; free some disk space and run the same command again.") from error
+
+
+def load(path, kind, version):
+    """Read a file that `save` wrote and check that it is a `kind` of this version.
+
+    weights_only=True reads tensors and plain containers and runs no code, whatever the file holds.
+    mmap=True maps the file: pages are read when they are first touched. testzip compares the check sums.
+    """
+    anew = f"python cvae.py {'prepare' if kind == 'data file' else 'train'}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} has changed since it was written")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise Stop(f"There is no {kind} at {path}; make one first: {anew}") from None
+    except Exception as error:  # torch reports damage with half a dozen exception types
+        raise Stop(f"{path} is no readable {kind}: damaged, cut short, or not written by this program "
+                   f"({first_line(error)}).") from error
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise Stop(f"{path} is not a {kind} of this program.")
+    if content["version"] != version:
+        raise Stop(f"{path} is a {kind} of version {content['version']}; this program reads version "
+                   f"{version}. Make it anew: {anew}")
+    return content
+
+
 # Reading captions, photographs and CLIP ------------------------------------------------------------
 
 def as_id(value):
@@ -1214,11 +1239,10 @@ def as_id(value):
 
 def as_image(record):
     """The fields that we need of an entry of COCO's "images". Raises an error if one is missing."""
-    width, height = int(record["width"]), int(record["height"])
-    if min(width, height) < 1 or not isinstance(record["file_name"], str):
+    size = int(record["width"]), int(record["height"])
+    if min(size) < 1 or not isinstance(record["file_name"], str):
         raise ValueError("no size, or no name")
-    return {"id": as_id(record["id"]), "file_name": record["file_name"], "width": width, "height": height,
-            "url": str(record.get("coco_url") or "")}
+    return {"id": as_id(record["id"]), "file_name": record["file_name"], "size": size}
 
 
 def as_annotation(record):
@@ -1228,41 +1252,32 @@ def as_annotation(record):
     return {"image_id": as_id(record["image_id"]), "caption": record["caption"].strip()}
 
 
-def readable(records, read):
-    """What `read` makes of the records, without those that it can't read."""
-    good = []
-    for record in records:
-        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            good.append(read(record))
-    return good
-
-
 def read_records(path):
     """Images and annotations of a COCO captions file; those that can't be read are counted and left out."""
     try:
         content = json.loads(Path(path).read_bytes())
         listed = list(content["images"]), list(content["annotations"])
     except FileNotFoundError:
-        raise Stop(f"There is no captions file at {path}; --coco names COCO's folder, --split its part "
-                   "(train2017, val2017).") from None
+        raise Stop(f"There is no captions file at {path}; see --coco and --split.") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Stop(f"{path} is not a COCO captions file ({type(error).__name__}: "
-                   f"{first_line(error)}).") from error
+        raise Stop(f"{path} is not a COCO captions file ({error!r:.200}).") from error
     fields = {field for record in listed[1] if isinstance(record, dict) for field in record}
     if "caption" not in fields and "category_id" in fields:
-        raise Stop(f"{path} holds COCO's instances (outlines of objects), not captions; the file that is "
-                   "meant is the captions_... one from the same archive.")
-    images, annotations = readable(listed[0], as_image), readable(listed[1], as_annotation)
+        raise Stop(f"{path} holds COCO's instances (outlines), not captions; take captions_... beside it.")
+    images, annotations = [], []
+    for records, read, good in (listed[0], as_image, images), (listed[1], as_annotation, annotations):
+        for record in records:
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
+                good.append(read(record))
     total = len(listed[0]) + len(listed[1])
     bad = total - len(images) - len(annotations)
     if bad > 0.05 * total:
         raise Stop(f"{path} is not a COCO captions file: {bad} of its {total} records can't be read.")
     if bad:
-        print(f"{bad} of {total} records in {path} can't be read (no id, caption, name or size): skipped.")
+        print(f"{bad} of {total} records in {path} lack an id, caption, name or size: skipped.")
     for image in images:  # a name from a file is a place below a folder, not a path to anywhere
         if not re.fullmatch(r"(\w[\w .()+-]*/)*\w[\w .()+-]*", image["file_name"]):
-            raise Stop(f"{path} names the photograph {image['file_name']!r}, which is not a plain file name; "
-                       "nothing was fetched.")
+            raise Stop(f"{path} names a photograph {image['file_name']!r}, which is not a plain file name.")
     return images, annotations
 
 
@@ -1289,21 +1304,13 @@ def load_clip(name, device="cpu"):
 
     On CUDA the model computes in half precision. Raises Stop when the weights can't be had.
     """
-    with warnings.catch_warnings():  # clip imports a deprecated module; a reader need not care
-        warnings.simplefilter("ignore")
-        import clip
-        try:
-            socket.setdefaulttimeout(TIMEOUT)  # clip's own download would wait for ever
-            model = clip.load(name, device=device)[0]
-        except (OSError, http.client.HTTPException) as error:
-            raise Stop(f"The weights of CLIP {name} could not be fetched from openaipublic.azureedge.net "
-                       f"({first_line(error)}). Put them in ~/.cache/clip, or name a file of weights "
-                       "with --clip FILE.") from error
-        except Exception as error:
-            raise Stop(f"CLIP {name} could not be loaded ({first_line(error)}). --clip takes one of "
-                       f"{', '.join(clip.available_models())}, or a file of CLIP weights.") from error
-        finally:
-            socket.setdefaulttimeout(None)
+    import clip
+    try:
+        model = clip.load(name, device=device)[0]
+    except Exception as error:
+        raise Stop(f"CLIP {name} could not be loaded ({first_line(error)}). --clip takes a file of CLIP "
+                   f"weights or one of {', '.join(clip.available_models())}, whose weights come from "
+                   "openaipublic.azureedge.net to ~/.cache/clip.") from error
     return model if torch.device(device).type == "cuda" else model.float()
 
 
@@ -1332,8 +1339,7 @@ def decode_batch(paths, clip_size):
 def embed_photographs(model, paths, device, batch=32):
     """Decode photographs and embed them with CLIP, as fast as the hardware allows.
 
-    Returns the indices of the readable ones, their pixels uint8 (M, 3, 128, 128) and their
-    embeddings (M, D).
+    Returns the indices of the readable ones, their pixels uint8 (M, 3, 128, 128), their embeddings (M, D).
     """
     decode_some = partial(decode_batch, clip_size=model.visual.input_resolution)
     cores = torch.get_num_threads()
@@ -1373,57 +1379,10 @@ def embed_photographs(model, paths, device, batch=32):
     return kept, images[:len(kept)], torch.cat(embeddings).cpu()
 
 
-# Data files ----------------------------------------------------------------------------------------
+# Data files, and what is asked of them in training --------------------------------------------------
 
 DATA = "data/data.pt"  # where prepare writes and train reads
 DATA_VERSION = 2
-
-
-def must_be_writable(folder, file=None):
-    """Try to write before the work, not after it. Raises Stop with the real reason."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise Stop(f"Nothing can be written in {folder}: {error.strerror}.") from error
-    if file and file.is_dir():
-        raise Stop(f"{file} is a folder, not a file that could be written.")
-
-
-def save(obj, path):
-    """Write tensors, numbers and strings to `path` with torch.save, atomically."""
-    try:
-        with atomic(path) as temporary:
-            torch.save(obj, temporary)
-    except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
-        raise Stop(f"{path} could not be written ({first_line(error)}). What was there before is "
-                   "untouched; free some disk space and run the same command again.") from error
-
-
-def load(path, kind, version):
-    """Read a file that `save` wrote and check that it is a `kind` of this version.
-
-    weights_only=True reads tensors and plain containers and runs no code, whatever the file holds.
-    mmap=True maps the file: pages are read when they are first touched. testzip compares the check sums.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} has changed since it was written")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise Stop(f"There is no {kind} at {path}.") from None
-    except Exception as error:  # torch reports damage with half a dozen exception types
-        raise Stop(f"{path} is no readable {kind}: damaged, cut short, or not written by this program "
-                   f"({first_line(error)}).") from error
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise Stop(f"{path} is not a {kind} of this program.")
-    if content["version"] != version:
-        raise Stop(f"{path} is a {kind} of version {content['version']}; this program reads version "
-                   f"{version}. Make it anew: python cvae.py "
-                   f"{'prepare' if kind == 'data file' else 'train'}.")
-    return content
 
 
 def load_data(path, device=torch.device("cpu"), fingerprint=None):
@@ -1431,12 +1390,10 @@ def load_data(path, device=torch.device("cpu"), fingerprint=None):
 
     Raises Stop if it is not the data with this fingerprint, a trained run's.
     """
-    if not Path(path).exists():
-        raise Stop(f"There is no data file at {path}; make one first: python cvae.py prepare")
     data = load(path, "data file", DATA_VERSION)
     if fingerprint and data["fingerprint"] != fingerprint:
-        raise Stop(f"{path} is not the data that this run was trained on (other photographs or another CLIP);"
-                   " a run can't change its data on the way. If the file has moved, name it with --data.")
+        raise Stop(f"{path} is not the data that this run was trained on (other photographs, another CLIP). "
+                   "If that data has moved, say where it is: --data FILE.")
     return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "part")}
 
 
@@ -1497,74 +1454,21 @@ def encode_photographs(vae, images, data, rows, device, flip=False):
     places = torch.arange(len(rows), device=device)
     for place in tqdm(places.split(64), desc="encoding photographs", leave=False):
         x = take(images, rows[place], device)
-        for version in range(mu.shape[1]):
-            seen = x.flip(3) if version else x
+        for version, seen in enumerate([x, x.flip(3)][:mu.shape[1]]):
             mean, logvar = vae.encode(seen, data["image_embeddings"][rows[place]], PICTURE)
             mu[place, version], sigma[place, version] = mean.half(), torch.exp(0.5 * logvar).half()
     return mu, sigma
 
 
-# Runs and checkpoints ------------------------------------------------------------------------------
-
-CHECKPOINT_VERSION = 7
-
-def save_checkpoint(path, config, models, history, training=None):
-    """Write what sampling needs and, in last.pt, what resuming needs besides."""
-    weights = {name: network and network.state_dict() for name, network in models.items()}
-    content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "history": history}
-    save(content | weights | ({"training": training} if training else {}), path)
-
-
-def newest_run(name):
-    """The run folder whose file `name` is the youngest."""
-    files = sorted(Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise Stop("There is no trained model in runs/ yet; train one first: python cvae.py train")
-    return files[-1].parent
-
-
-def claim_run(run, config):
-    """Make a run's folder, and fail if it is there: two trainings never share one."""
-    stamp = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config['size']}-{config['latents']}-{config['prior']}"
-    for folder in [run] if run else [Path(stamp), *(Path(f"{stamp}-{number}") for number in range(2, 100))]:
-        try:
-            folder.mkdir(parents=True)
-            must_be_writable(folder)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise Stop(f"{folder} can't be made: {error.strerror}.") from error
-    raise Stop(f"{folder} can't be made, it exists already. Remove it, or choose another --run.")
-
-
-def open_run(args):
-    """A new run's folder and configuration, or a resumed one's: run, config, checkpoint (None if new)."""
-    given = {name: value for name, value in vars(args).items() if name in DEFAULTS and value is not None}
-    if not args.resume:
-        if args.run and (Path(args.run) / "last.pt").exists():
-            raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
-        return Path(args.run) if args.run else None, DEFAULTS | given, None
-    run = Path(args.run or newest_run("last.pt"))
-    checkpoint = load(run / "last.pt", "checkpoint", CHECKPOINT_VERSION)
-    config, training = checkpoint["config"], checkpoint["training"]
-    for name, value in given.items():
-        option = "--" + name.replace("_", "-")
-        if value != config[name] and name not in CHANGEABLE:
-            raise Stop(f"{run} was started with {option} {config[name]}, and that can't change on the way. "
-                       "Leave the option out, or start a new run.")
-        if name == "epochs" and value != config[name] and training["part"] == "prior":
-            raise Stop(f"The prior of {run} has begun to learn this VAE's codes, so the VAE can't be trained "
-                       "longer. Train the prior longer (--prior-epochs), or start a new run.")
-        if name in ("epochs", "prior_epochs") and value < config[name]:
-            raise Stop(f"{run} is set to {config[name]} epochs; {option} can only make it longer.")
-    longer = config["prior"] == "flow" and given.get("prior_epochs", 0) > config["prior_epochs"]
-    longer = longer or given.get("epochs", 0) > config["epochs"]
-    if is_finished(config, training) and not longer:
-        more = "prior-epochs" if config["prior"] == "flow" else "epochs"
-        raise Stop(f"{run} is finished: there is nothing left to do. To train it longer, give a larger "
-                   f"number, such as --resume --{more} {2 * config[more.replace('-', '_')]}.")
-    return run, config | given, checkpoint
+@contextlib.contextmanager
+def noted_interrupts():
+    """Within the block Ctrl-C only leaves a note in this list, so that a step can be finished first."""
+    notes = []
+    previous = signal.signal(signal.SIGINT, lambda *_: notes.append(True))
+    try:
+        yield notes
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def compiled(network, example, wanted):
@@ -1572,11 +1476,9 @@ def compiled(network, example, wanted):
 
     wanted: True, False, or None for what usually pays: yes on CUDA, no on a processor.
     """
-    on_cuda = example[0].device.type == "cuda"
-    if not (on_cuda if wanted is None else wanted):
+    if not (example[0].device.type == "cuda" if wanted is None else wanted):
         return network
-    if on_cuda:
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    torch.set_float32_matmul_precision("high")  # on CUDA: TF32 for what is left in float32
     print("compiling the network; this takes about a minute")
     try:
         forward = torch.compile(network)
@@ -1590,26 +1492,85 @@ def compiled(network, example, wanted):
         network.zero_grad()  # also where the backward pass broke off half-way
 
 
-def is_finished(config, training):
-    """Whether a run has nothing left to train."""
-    return training["done"] and training["part"] == ("prior" if config["prior"] == "flow" else "vae")
-
-
 def must_be_sane(loss, part, run="The run", ignorance=math.inf):
     """Stop a training whose loss is no number any more, or is worse than that of knowing nothing."""
     if not math.isfinite(loss):
-        raise Stop(f"The loss became NaN. {run} keeps its last good checkpoint; start anew with a lower rate,"
-                   f" such as {part.option} {part.rate / 2:g}.")
+        raise Stop(f"The loss became NaN. {run} keeps its last good checkpoint; start anew with a lower "
+                   f"rate, such as {part.option} {part.rate / 2:g}.")
     if loss > ignorance:
-        raise Stop(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {ignorance:.3g}."
-                   f" Start anew with a lower rate, such as {part.option} {part.rate / 3:.1g}. {run} keeps "
-                   "its best checkpoint.")
+        raise Stop(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {ignorance:.3g}. "
+                   f"{run} keeps its best checkpoint; start anew with a lower rate, such as {part.option} "
+                   f"{part.rate / 3:.1g}.")
 
 
-def checkpoint_path(name):
-    """The checkpoint that the user named, by its file or its run folder; by default the newest run's best."""
-    path = Path(name) if name else newest_run("best.pt")
-    return path / "best.pt" if path.is_dir() else path
+# Runs and checkpoints ------------------------------------------------------------------------------
+
+CHECKPOINT_VERSION = 7
+
+
+def save_checkpoint(path, config, models, history, training=None):
+    """Write what sampling needs and, in last.pt, what resuming needs besides."""
+    content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "history": history}
+    content |= {name: network and network.state_dict() for name, network in models.items()}
+    save(content | ({"training": training} if training else {}), path)
+
+
+def checkpoint_path(name, file="best.pt"):
+    """The checkpoint that the user named, by its own path or its run folder; by default the newest run's."""
+    if name:
+        return Path(name) / file if Path(name).is_dir() else Path(name)
+    files = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise Stop("There is no trained model in runs/ yet; train one first: python cvae.py train")
+    return files[-1]
+
+
+def claim_run(run, config):
+    """Make a run's folder, and fail if it is there: two trainings never share one."""
+    stamp = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config['size']}-{config['latents']}-{config['prior']}"
+    for name in [run] if run else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]:
+        try:
+            Path(name).mkdir(parents=True)
+            must_be_writable(Path(name))
+            return Path(name)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise Stop(f"{name} can't be made: {error.strerror}.") from error
+    raise Stop(f"{name} can't be made, it exists already. Remove it, or choose another --run.")
+
+
+def epochs_left(config, history):
+    """Epochs that a run has still to train, those of both parts together."""
+    wanted = config["epochs"] + (config["prior_epochs"] if config["prior"] == "flow" else 0)
+    return wanted - len(history["vae"]) - len(history["prior"])
+
+
+def open_run(args):
+    """A new run's folder and configuration, or a resumed one's: run, config, checkpoint (None if new)."""
+    given = {name: value for name, value in vars(args).items() if name in DEFAULTS and value is not None}
+    if not args.resume:
+        if args.run and (Path(args.run) / "last.pt").exists():
+            raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
+        return args.run, DEFAULTS | given, None
+    path = checkpoint_path(args.run, "last.pt")
+    checkpoint, run = load(path, "checkpoint", CHECKPOINT_VERSION), path.parent
+    config = checkpoint["config"]
+    for name, value in given.items():
+        option = "--" + name.replace("_", "-")
+        if value != config[name] and name not in CHANGEABLE:
+            raise Stop(f"{run} was started with {option} {config[name]}, and that can't change on the way.")
+        if name == "epochs" and value != config[name] and checkpoint["training"]["part"] == "prior":
+            raise Stop(f"The prior of {run} has begun to learn this VAE's codes, so the VAE can't be trained "
+                       "longer; the prior can (--prior-epochs).")
+        if name in ("epochs", "prior_epochs") and value < config[name]:
+            raise Stop(f"{run} is set to {config[name]} epochs; {option} can only make it longer.")
+    config |= given
+    if epochs_left(config, checkpoint["history"]) == 0:
+        more = "prior-epochs" if config["prior"] == "flow" else "epochs"
+        raise Stop(f"{run} is finished, there is nothing left to do. To train it longer: --resume --{more} "
+                   f"{2 * config[more.replace('-', '_')]}.")
+    return run, config, checkpoint
 
 
 def load_models(path, device):
@@ -1617,11 +1578,12 @@ def load_models(path, device):
     checkpoint = load(path, "checkpoint", CHECKPOINT_VERSION)
     config = checkpoint["config"]
     vae = VAE(config["size"], config["condition_dim"], config["latents"], channels=config["channels"])
-    vae.load_state_dict(checkpoint["vae"])
-    models = {"vae": vae.to(device, memory_format=torch.channels_last).eval(), "prior": None}
+    models = {"vae": vae.to(memory_format=torch.channels_last), "prior": None}
     if checkpoint["prior"]:
-        models["prior"] = Flow(vae.shape, config["condition_dim"], config["prior_width"]).to(device).eval()
-        models["prior"].load_state_dict(checkpoint["prior"])
+        models["prior"] = Flow(vae.shape, config["condition_dim"], config["prior_width"])
+    for name, network in models.items():
+        if network:
+            network.to(device).eval().load_state_dict(checkpoint[name])
     return models, config
 
 
@@ -1637,28 +1599,15 @@ def load_clip_of(config, device, name=None):
     """The CLIP that a run was trained with. Raises Stop when `name` is another one."""
     clip_model = load_clip(name or config["clip"], device)
     if clip_fingerprint(clip_model) != config["clip_fingerprint"]:
-        raise Stop(f"{name or config['clip']} is not the CLIP that this model was trained with "
-                   f"({config['clip']}); its embeddings mean something else.")
+        raise Stop(f"{name or config['clip']} is not the CLIP that this model was trained with.")
     return clip_model
 
 
-# Prompts and file names ----------------------------------------------------------------------------
-
-def check_prompts(prompts, context_length):
-    """Refuse empty prompts; say when CLIP will not read one to its end."""
-    import clip
-    for prompt in prompts:
-        if not prompt.strip():
-            raise Stop("A prompt is empty; say what the picture should show.")
-        try:
-            clip.tokenize([prompt], context_length)
-        except RuntimeError:
-            print(f"CLIP reads {context_length} tokens; this prompt is longer and was cut: {prompt[:60]}...")
-
+# Prompts and pictures ------------------------------------------------------------------------------
 
 def read_wishes(args, clip_model, device):
-    """What to draw, a row each: a list of (label, embedding (1, D), kind)."""
-    check_prompts(args.prompts, clip_model.context_length)
+    """What to draw, a row each: a list of (label, embedding (1, D), kind). Says when CLIP cuts a prompt."""
+    import clip
     wishes = []
     if args.image:
         side = clip_model.visual.input_resolution
@@ -1667,19 +1616,16 @@ def read_wishes(args, clip_model, device):
         except (OSError, ValueError) as error:
             raise Stop(f"{args.image} is no picture that can be read ({first_line(error)}).") from error
         wishes.append((f"variations of {Path(args.image).name}", encode_images(clip_model, square), PICTURE))
-    texts = encode_texts(clip_model, args.prompts) if args.prompts else []
-    return wishes + [(prompt, text[None], CAPTION) for prompt, text in zip(args.prompts, texts)]
-
-
-@contextlib.contextmanager
-def noted_interrupts():
-    """Within the block Ctrl-C only leaves a note in this list, so that a step can be finished first."""
-    notes = []
-    previous = signal.signal(signal.SIGINT, lambda *_: notes.append(True))
-    try:
-        yield notes
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    for prompt in args.prompts:
+        if not prompt.strip():
+            raise Stop("A prompt is empty; say what the picture should show.")
+        try:
+            clip.tokenize([prompt], clip_model.context_length)
+        except RuntimeError:
+            print(f"CLIP reads {clip_model.context_length} tokens; this prompt is longer and was cut: "
+                  f"{prompt[:60]}...")
+        wishes.append((prompt, encode_texts(clip_model, [prompt]), CAPTION))
+    return wishes
 
 
 def sample_path(folder, label):
@@ -1695,32 +1641,15 @@ def sample_path(folder, label):
     return path
 
 
-# Pictures ------------------------------------------------------------------------------------------
-
-def save_picture(path, picture):
-    """Write one picture (3, S, S) in [0, 1] as a PNG of its own size; return the path."""
-    from torchvision.utils import save_image
-    with atomic(path) as temporary:
-        save_image(picture, temporary)
-    return path
-
-
 @contextlib.contextmanager
 def new_figure(path, rows, columns, size, **options):
-    """A matplotlib figure and its axes, written to `path` as a PNG when the block ends."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # an emoji has no glyph: a box will do
-            yield axes
-            figure.tight_layout(pad=0.3)
-            with atomic(path) as temporary:  # compress_level 1: a quarter of the time for a fifth more bytes
-                figure.savefig(temporary, dpi=150, format="png", pil_kwargs={"compress_level": 1})
-    finally:
-        plt.close(figure)
+    """The axes (rows, columns) of a figure of size (w, h) inches, written to `path` when the block ends."""
+    from matplotlib.figure import Figure  # not pyplot, which wants windows, and its figures closed
+    figure = Figure(size)
+    yield figure.subplots(rows, columns, squeeze=False, **options)
+    figure.tight_layout(pad=0.3)
+    with atomic(path) as temporary:  # compress_level 1: a quarter of the time for a fifth more bytes
+        figure.savefig(temporary, dpi=150, format="png", pil_kwargs={"compress_level": 1})
 
 
 def save_grid(path, rows, labels):
@@ -1784,130 +1713,112 @@ def save_curves(path, history):
             axis.legend()
 
 
+@torch.no_grad()
 def save_prior_picture(path, models, images, data, device):
     """Show why a prior must be learned: codes of photographs, draws from N(0, I), draws from the flow.
 
     All three are seen along the two directions in which the codes of photographs vary most.
     """
     rows = rows_of(data, TRAINING)[:500]
-    vae, flow = models["vae"], models["prior"]
-    mu, sigma = encode_photographs(vae, images, data, rows, device)
+    mu, sigma = (t[:, 0].float() for t in encode_photographs(models["vae"], images, data, rows, device))
     torch.manual_seed(0)
-    mu, sigma = mu[:, 0].float(), sigma[:, 0].float()
     noise = torch.randn_like(mu)
     clouds = {"codes of photographs": mu + sigma * torch.randn_like(mu), "draws from N(0, I)": noise}
-    if flow:
-        text = data["caption_embeddings"][rows, 0]
+    if models["prior"]:
+        texts = data["caption_embeddings"][rows, 0].split(64)
         clouds["draws from the flow"] = torch.cat([
-            draw_codes(flow, z, c, CAPTION, 1, STEPS)[-1] for z, c in zip(noise.split(64), text.split(64))])
+            draw_codes(models["prior"], z, c, CAPTION, 1, STEPS)[-1] for z, c in zip(noise.split(64), texts)])
     clouds = {name: cloud.flatten(1).float().cpu() for name, cloud in clouds.items()}   # (500, C s s) each
     codes = clouds["codes of photographs"]
     _, _, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)     # principal directions
-    seen = {name: (cloud - codes.mean(0)) @ directions[:2].T for name, cloud in clouds.items()}  # (500, 2)
-    limit = 1.1 * max(points.abs().max().item() for points in seen.values())
-    with new_figure(path, 1, len(seen), (3.2 * len(seen), 3.4)) as axes:
-        for axis, (name, points) in zip(axes[0], seen.items()):
-            axis.scatter(*points.T.numpy(), s=3, alpha=0.5)
-            axis.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    with new_figure(path, 1, len(clouds), (3.2 * len(clouds), 3.4), sharex=True, sharey=True) as axes:
+        for axis, (name, cloud) in zip(axes[0], clouds.items()):
+            seen = (cloud - codes.mean(0)) @ directions[:2].T                           # (500, 2)
+            axis.scatter(*seen.T.numpy(), s=3, alpha=0.5)
+            axis.set(title=name, aspect="equal")
 
 
 # Downloads -----------------------------------------------------------------------------------------
 
 ATTEMPTS, TIMEOUT = 4, 10  # tries per file; seconds without a byte before a connection counts as dead
+DISK_FULL = errno.ENOSPC, errno.EDQUOT
 COCO_URL = "http://images.cocodataset.org"  # plain http: its certificate does not match its name
 
 
-def fetch(url, path, check, show=False):
+def fetch(url, path, check, progress=None):
     """Download `url` to `path`: retried with back-off, checked, renamed into place only when whole.
 
-    With show, a bar shows the bytes. check(temporary path) raises ValueError for content that was not wanted.
-    Raises Stop for an address that is not http(s), OSError or ValueError after the last attempt.
+    check(temporary path) raises ValueError for content that was not wanted; progress(blocks, block size, total)
+    hears how it goes. Raises Stop for an address that is not http(s), OSError when the attempts are used up.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise Stop(f"{url!r} is not an http or https address; it was not opened.")
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with atomic(path) as temporary:
-                with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(temporary, "wb") as file:
-                    expected = int(response.headers.get("Content-Length") or 0)
-                    # no bar in threads, not even a disabled one: Ctrl-C can leave tqdm's lock held for ever
-                    bar = tqdm.wrapattr(file, "write", expected or None, desc=path.name) if show else None
-                    with bar or contextlib.nullcontext(file) as shown:
-                        shutil.copyfileobj(response, shown)
-                if expected and temporary.stat().st_size != expected:
-                    raise ValueError(f"{temporary.stat().st_size} of {expected} bytes arrived")
+                urllib.request.urlretrieve(url, temporary, progress)  # raises where bytes are missing
                 check(temporary)
             return
         except (OSError, ValueError, http.client.HTTPException) as error:
-            gone = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if attempt == ATTEMPTS or gone or full:  # trying again would not help
-                raise OSError(getattr(error, "errno", None), f"{url}: {first_line(error)}") from error
+            gone = getattr(error, "code", None) in (401, 403, 404, 410)
+            number = getattr(error, "errno", None)
+            if attempt == ATTEMPTS or gone or number in DISK_FULL:  # trying again would not help
+                raise OSError(number, f"{url}: {first_line(error)}") from error
         time.sleep(0.3 * 2**attempt)  # 0.6, 1.2, 2.4 s: a busy server is given time to recover
 
 
-def fetch_annotations(folder, split, base_url):
-    """Fetch COCO's annotations archive and keep the captions of `split`; return their path."""
-    member = f"annotations/captions_{split}.json"
-    path = Path(folder) / member
+def fetch_annotations(path, base_url):
+    """Fetch COCO's annotations archive and take out the captions file `path`, if it is not there yet."""
     if path.exists():
-        return path
-    url = f"{base_url}/annotations/annotations_trainval2017.zip"
+        return
     archive = path.with_name("annotations_trainval2017.zip")
 
-    def whole(temporary):
-        if not zipfile.is_zipfile(temporary):
-            raise ValueError("what arrived is no zip archive")
+    def take_out(temporary):  # one member, by its name: the archive's own names are never used as paths
+        try:
+            with zipfile.ZipFile(temporary) as bundle, atomic(path) as captions:
+                captions.write_bytes(bundle.read(f"annotations/{path.name}"))
+        except zipfile.BadZipFile as error:
+            raise ValueError("what arrived is no whole zip archive") from error
+        except KeyError as error:
+            raise Stop(f"{base_url} has an archive, but no {path.name} is in it.") from error
+
+    def progress(blocks, size, total):
+        bar.total = total
+        bar.update(min(blocks * size, total) - bar.n)
 
     try:
-        fetch(url, archive, whole, show=True)
+        with tqdm(desc=archive.name, unit="B", unit_scale=True) as bar:
+            fetch(f"{base_url}/annotations/{archive.name}", archive, take_out, progress)
     except OSError as error:
-        raise Stop(f"COCO's captions could not be fetched from {error.strerror or error}. Use a COCO folder "
-                   "that you have (--coco DIR), a mirror (--mirror URL), or `python cvae.py demo`, which "
-                   "needs no network.") from error
-    try:  # take this one member out by its name; the names inside the archive are never used as paths
-        with zipfile.ZipFile(archive) as bundle, atomic(path) as temporary:
-            temporary.write_bytes(bundle.read(member))
-    except FileNotFoundError:  # another prepare, running beside this one, was faster and has cleaned up
-        pass
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise Stop(f"{url} holds no readable {member} ({first_line(error)}).") from error
-    finally:
-        archive.unlink(missing_ok=True)
-    return path
+        raise Stop(f"COCO's captions could not be fetched from {error.strerror or error}. Name a COCO folder "
+                   "(--coco) or a mirror (--mirror), or try the demo, which needs no network.") from error
+    archive.unlink(missing_ok=True)
 
 
 def fetch_photographs(photographs, folder, base_url):
     """Fetch every photograph that is not in `folder` yet, sixteen at a time."""
 
-    def check(temporary, expected):
-        with Image.open(temporary) as photograph:
-            if photograph.size != expected:
-                raise ValueError(f"it is {photograph.size}, the annotations say {expected}")
-            photograph.load()  # decodes every pixel: a truncated JPEG raises here
-
     def fetch_one(photograph):
-        url = f"{base_url}/{folder.name}/{urllib.parse.quote(photograph['file_name'])}"
-        if base_url == COCO_URL and photograph["url"]:
-            url = photograph["url"]
-        size = photograph["width"], photograph["height"]
-        fetch(url, folder / photograph["file_name"], partial(check, expected=size))
+        def check(temporary):
+            with Image.open(temporary) as arrived:
+                if arrived.size != photograph["size"]:
+                    raise ValueError(f"its size is {arrived.size}, the annotations say {photograph['size']}")
+                arrived.load()  # decodes every pixel: a truncated JPEG raises here
 
-    wanted = [p for p in photographs if not (folder / p["file_name"]).exists()]
-    failures = []
-    pool = ThreadPoolExecutor(16)
+        name = photograph["file_name"]
+        fetch(f"{base_url}/{folder.name}/{urllib.parse.quote(name)}", folder / name, check)
+
+    failures, pool = [], ThreadPoolExecutor(16)
     try:
-        jobs = [pool.submit(fetch_one, photograph) for photograph in wanted]
+        jobs = [pool.submit(fetch_one, p) for p in photographs if not (folder / p["file_name"]).exists()]
         for job in tqdm(jobs, desc="photographs", disable=not jobs):
-            error = job.exception()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise Stop(f"The disk is full ({error.strerror}). The photographs so far are kept; free "
-                           "some space and run the same command again.")
-            if error is not None:
+            if error := job.exception():
                 failures.append(first_line(error))
+            if getattr(error, "errno", None) in DISK_FULL:
+                raise Stop("The disk is full. What arrived is kept; free some space and run this again.")
             if len(failures) > max(10, 0.05 * len(photographs)):
-                raise Stop(f"Too many photographs could not be fetched ({len(failures)}; the last: "
-                           f"{failures[-1]}). Those that arrived are kept; run the same command again later.")
+                raise Stop(f"Too many photographs could not be fetched (the last: {failures[-1]}). What "
+                           "arrived is kept; run the same command again later.")
     finally:  # also on Ctrl-C: what has not started never does
         pool.shutdown(cancel_futures=True)
     for failure in failures:
@@ -1922,15 +1833,15 @@ def prepare(args):
     words = args.words or THEMES[args.theme or "bucolic"]
     must_be_writable(Path(args.data).parent, Path(args.data))
     device = choose_device(args.device)
-    root = Path(args.coco or "data/coco")
+    root, server = Path(args.coco or "data/coco"), args.mirror or COCO_URL
     captions_path = root / f"annotations/captions_{args.split}.json"
     if not args.coco:
-        captions_path = fetch_annotations(root, args.split, args.mirror or COCO_URL)
+        fetch_annotations(captions_path, server)
     photographs = read_captions(captions_path, words)
     folder = root / args.split
     model = load_clip(args.clip, device)  # before the long download: a mistake should show early
     if not args.coco:
-        fetch_photographs(photographs, folder, args.mirror or COCO_URL)
+        fetch_photographs(photographs, folder, server)
     on_disk = [p for p in photographs if (folder / p["file_name"]).exists()]
     print(f"{len(photographs)} photographs match {', '.join(words) or 'every word'}; {len(on_disk)} are in "
           f"{folder}, {len(photographs) - len(on_disk)} are missing.")
@@ -1958,7 +1869,7 @@ def train(args):
     The run's configuration is stored in its checkpoints, so --resume needs no other option.
     """
     device = choose_device(args.device)
-    dtype, why = choose_precision(device, args.precision)
+    dtype = choose_precision(device, args.precision)
     run, config, checkpoint = open_run(args)
     data = load_data(config["data"], device, config.get("fingerprint"))
     config |= {"condition_dim": data["image_embeddings"].shape[-1]}
@@ -1971,8 +1882,7 @@ def train(args):
     vae.condition.learn_statistics(data, rows_of(data, TRAINING))
     vae = vae.to(device, memory_format=torch.channels_last)
     print(f"{run}: {len(rows_of(data, TRAINING))} photographs of {config['size']} pixels, on {device.type} "
-          f"in {str(dtype).removeprefix('torch.')} ({why}); the VAE has "
-          f"{sum(p.numel() for p in vae.parameters()):,} parameters")
+          f"in {dtype}; the VAE has {sum(p.numel() for p in vae.parameters()):,} parameters")
     models = {"vae": vae, "prior": None}
     history = checkpoint["history"] if checkpoint else {"vae": [], "prior": []}
     saved = checkpoint["training"] if checkpoint else {"part": "vae"}
@@ -1989,8 +1899,7 @@ def train(args):
         part = prior_part(vae, images, data, config, device, dtype, models)
         print(f"{run}: now the prior, {sum(p.numel() for p in part.network.parameters()):,} parameters")
         fit(part, run, config, models, history, device, dtype, saved if saved["part"] == "prior" else None)
-        best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["prior"]
-        models["prior"].load_state_dict(best)
+        models["prior"].load_state_dict(load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["prior"])
     save_prior_picture(run / "prior.png", models, images, data, device)
 
 
@@ -2003,11 +1912,11 @@ def sample(args):
     clip_model = load_clip_of(config, device, args.clip)
     wishes = read_wishes(args, clip_model, device)
     must_be_writable(Path(args.out))
-    shape, rows = models["vae"].shape, []
+    rows, count = [], max(args.n, args.rerank)
 
     def noise(count):  # anew for each row: a prompt's row does not depend on its neighbours
         torch.manual_seed(args.seed)
-        return args.temperature * torch.randn(count, *shape, device=device)
+        return args.temperature * torch.randn(count, *models["vae"].shape, device=device)
 
     if args.interpolate:  # one row, in which only the condition changes
         (first, a, _), (second, b, _) = wishes
@@ -2019,7 +1928,6 @@ def sample(args):
             decoded = torch.cat([models["vae"].decode(way[step], target, kind) for step in shown])
             rows.append(sharpen(decoded, models["vae"].gain))
             continue
-        count = max(args.n, args.rerank)
         start = noise(1).expand(count, -1, -1, -1) if args.interpolate else noise(count)
         pictures = generate(models, target.expand(count, -1), kind, start, guidance, steps)
         if args.rerank:
@@ -2030,9 +1938,12 @@ def sample(args):
     path = sample_path(args.out, " ".join(labels))
     save_grid(path, rows, labels)
     print(path)
-    if args.separate:
-        for number, picture in enumerate(torch.cat(rows), 1):
-            print(save_picture(path.with_name(f"{path.stem}-{number:02}.png"), picture))
+    for number, picture in enumerate(torch.cat(rows) if args.separate else [], 1):
+        from torchvision.utils import save_image
+        own_path = path.with_name(f"{path.stem}-{number:02}.png")
+        with atomic(own_path) as temporary:
+            save_image(picture, temporary)  # of its own size, without a label
+        print(own_path)
 
 
 @torch.no_grad()
@@ -2048,7 +1959,7 @@ def evaluate(args):
     data = load_data(args.data or config["data"], device, config["fingerprint"])
     clip_model = load_clip_of(config, device, args.clip)
     images = pool_images(data["images"], config["size"])                                # uint8 (N, 3, S, S)
-    test = rows_of(data, TEST)
+    test, folder = rows_of(data, TEST), path.parent
     storage = measure_vae(models["vae"], images, data, test, device)
     guidances = sorted({1.0, chosen_guidance}) if models["prior"] else [1.0]
     table, pictures, distance, copied = measure_samples(models, images, data, clip_model, guidances, steps,
@@ -2058,7 +1969,6 @@ def evaluate(args):
     print(" " * 24 + "".join(f"{column:>13}" for column in table["photographs"]))
     for name, row in table.items():
         print(f"{name:24}" + "".join(f"{value:13.3f}" for value in row.values()))
-    folder = path.parent
     with atomic(folder / "evaluation.json") as temporary:
         temporary.write_text(json.dumps({"checkpoint": str(path), **storage, "table": table}, indent=2))
     save_reconstructions(folder / "reconstructions.png", models["vae"], images, data, test[:8], device)
@@ -2066,89 +1976,6 @@ def evaluate(args):
     save_grid(folder / "nearest.png", [pictures[suspects], take(images, copied[suspects], device)],
               ["the eight samples that are nearest to a training picture", "and those training pictures"])
     print(f"Also in {folder}: evaluation.json, reconstructions.png, nearest.png")
-
-
-# Options -------------------------------------------------------------------------------------------
-
-
-def between(kind, low, high):
-    """An argparse type: a number of the given kind from low to high."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:  # also refuses nan
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    parse.__name__ = "number"  # argparse says "invalid number value: 'x'"
-    return parse
-
-
-SEED = between(int, 0, 2**31 - 1)
-
-
-def plain_name(text):
-    """An argparse type: a name that is no path."""
-    if not re.fullmatch(r"\w[\w.-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
-    return text
-
-
-DEFAULTS = {"data": DATA, "size": 64, "latents": "grid", "channels": CHANNELS, "prior": "flow",
-            "objective": "elbo", "dropout": 0.0, "epochs": 30, "prior_epochs": 100, "batch": 16, "lr": 3e-3,
-            "prior_lr": 1.5e-3, "prior_width": 192, "seed": 0, "flip": True, "detour": True,
-            "compile": None}
-CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
-
-
-def add_training_options(p):
-    """The options of train. One that is not given is None, so that a resumed run can tell."""
-
-    def option(name, help, **details):
-        default = DEFAULTS[name.strip("-").replace("-", "_")]
-        p.add_argument(name, help=f"{help} (default: {default})", **details)
-
-    epochs, rate = between(int, 1, 100_000), between(float, 1e-7, 1)
-    option("--size", "pixels", type=int, choices=[64, 128])
-    option("--latents", "a grid of codes, or one vector as in the report", choices=["grid", "flat"])
-    option("--channels", "numbers in each cell of the grid", type=between(int, 1, 64))
-    option("--prior", "learn p(z | c), or draw from N(0, I) as the report did", choices=["flow", "normal"])
-    option("--objective", "the ELBO, or the report's loss", choices=OBJECTIVES)
-    option("--dropout", "dropout on z; 0.3 if no P is given", nargs="?", type=between(float, 0, 0.9),
-           const=0.3, metavar="P")
-    option("--epochs", "of the VAE", type=epochs)
-    option("--prior-epochs", "of the prior", type=epochs)
-    option("--prior-width", "of the prior's transformer", type=int, choices=[64, 128, 192, 256, 384, 512])
-    option("--batch", "pictures per step of the VAE; the prior takes four times as many",
-           type=between(int, 1, 4096))
-    option("--lr", "peak learning rate of the VAE", type=rate)
-    option("--prior-lr", "peak learning rate of the prior", type=rate)
-    option("--seed", "of all randomness", type=SEED)
-    option("--data", "data file to read", metavar="FILE")
-    option("--flip", "mirror half of the pictures; off where captions say left and right",
-           action=argparse.BooleanOptionalAction)
-    option("--detour", "in training half of the tokens go around the prior's middle layers: faster; off "
-           "where details must be exact, as the number of moons", action=argparse.BooleanOptionalAction)
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                   help="torch.compile (default: on CUDA). On a processor it needs a C++ compiler and a "
-                   "minute, and makes the prior an eighth faster")
-    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"],
-                   help="default: what the device does best")
-    p.add_argument("--run", metavar="DIR", help="run folder (default: a new one in runs/)")
-    p.add_argument("--resume", action="store_true",
-                   help="go on with --run (default: the newest). More --epochs or --prior-epochs make it "
-                   "longer: the learning rate returns to its plateau and descends at the new end. A finished "
-                   "run's prior can be trained longer, its VAE can't")
-
-
-def add_drawing_options(p):
-    """What sample and evaluate have in common."""
-    p.add_argument("--seed", type=SEED, default=0, help="same seed, same pictures (default: 0)")
-    p.add_argument("--guidance", type=between(float, 0, 20),
-                   help=f"more than 1: surer, less varied (default: {GUIDANCE:g}; evaluate also measures 1)")
-    p.add_argument("--steps", type=between(int, 1, 1000), help=f"of the flow (default: {STEPS})")
-    p.add_argument("--checkpoint", metavar="FILE", help="checkpoint or run folder (default: the newest run)")
-    p.add_argument("--clip", help="the run's CLIP, if its file has moved")
 
 
 DEMO_PROMPTS = ["a sheep on green grass under a blue sky", "two cows in the snow under a grey sky",
@@ -2165,28 +1992,89 @@ def demo(args):
         draw_toy_world(root)
     if not (root / "clip.pt").exists():
         train_toy_clip(root, root / "clip.pt")
-    train = (f"train --data data/toy.pt --epochs {args.epochs} --prior-epochs {args.prior_epochs} "
-             "--prior-width 128 --no-flip --no-detour")  # captions say left and right; a night has one moon
 
     def type_in(line):
         print(f"\n$ python cvae.py {line}")
         step = parse_arguments(shlex.split(line))
         step.function(step)
 
+    train = (f"train --data data/toy.pt --epochs {args.epochs} --prior-epochs {args.prior_epochs} "
+             "--prior-width 128 --no-flip --no-detour")  # captions say left and right; a night has one moon
     type_in(f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt "
             "--data data/toy.pt")
     type_in(f"{train} --channels 8")
-    grid = newest_run("best.pt")
+    grid = checkpoint_path(None).parent
     type_in(f"sample -n 4 {shlex.join(DEMO_PROMPTS)}")
     type_in("evaluate")
     if args.compare:
         type_in(f"{train} --latents flat")
-        runs = {"flat": newest_run("best.pt"), "grid": grid}
+        runs = {"flat": checkpoint_path(None).parent, "grid": grid}
         save_comparison(grid / "comparison.png", runs, DEMO_PROMPTS, choose_device())
         print(f"{grid}/comparison.png")
 
 
+# Options -------------------------------------------------------------------------------------------
+
+def between(kind, low, high):
+    """An argparse type: a number of the given kind from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = "number"  # argparse says "invalid number value: 'x'"
+    return parse
+
+
+def plain_name(text):
+    """An argparse type: a name that is no path."""
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
+    return text
+
+
+SEED, ON_OFF = between(int, 0, 2**31 - 1), argparse.BooleanOptionalAction
+EPOCHS, RATE = {"type": between(int, 1, 100_000)}, {"type": between(float, 1e-7, 1)}
+SETTINGS = {  # of a training: the default, what --help says, and how argparse reads it
+    "data": (DATA, "data file to read", {"metavar": "FILE"}),
+    "size": (64, "pixels", {"type": int, "choices": [64, 128]}),
+    "latents": ("grid", "a grid of codes, or one vector as in the report", {"choices": ["grid", "flat"]}),
+    "channels": (CHANNELS, "numbers in each cell of the grid", {"type": between(int, 1, 64)}),
+    "prior": ("flow", "learn p(z | c), or draw from N(0, I) as the report", {"choices": ["flow", "normal"]}),
+    "objective": ("elbo", "the ELBO, or the report's loss", {"choices": OBJECTIVES}),
+    "dropout": (0.0, "dropout on z; 0.3 if no P is given",
+                {"nargs": "?", "type": between(float, 0, 0.9), "const": 0.3, "metavar": "P"}),
+    "epochs": (30, "of the VAE", EPOCHS),
+    "prior_epochs": (100, "of the prior", EPOCHS),
+    "prior_width": (192, "of its transformer", {"type": int, "choices": [64, 128, 192, 256, 384, 512]}),
+    "batch": (16, "pictures per step of the VAE; the prior takes four times as many",
+              {"type": between(int, 1, 4096)}),
+    "lr": (3e-3, "peak learning rate of the VAE", RATE),
+    "prior_lr": (1.5e-3, "peak learning rate of the prior", RATE),
+    "seed": (0, "of all randomness", {"type": SEED}),
+    "flip": (True, "mirror half of the pictures; off where captions say left and right", {"action": ON_OFF}),
+    "detour": (True, "in training half of the tokens go around the prior's middle layers: faster; off where "
+               "details must be exact, as the number of moons", {"action": ON_OFF}),
+    "compile": (None, "torch.compile (default: on CUDA). On a processor it needs a C++ compiler and a "
+                "minute, and makes the prior an eighth faster", {"action": ON_OFF})}
+DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
+CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
+
+
+def add_drawing_options(p):
+    """What sample and evaluate have in common."""
+    p.add_argument("--seed", type=SEED, default=0, help="same seed, same pictures (default: 0)")
+    p.add_argument("--guidance", type=between(float, 0, 20),
+                   help=f"more than 1: surer, less varied (default: {GUIDANCE:g}; evaluate also measures 1)")
+    p.add_argument("--steps", type=between(int, 1, 1000), help=f"of the flow (default: {STEPS})")
+    p.add_argument("--checkpoint", metavar="FILE", help="checkpoint or run folder (default: the newest run)")
+    p.add_argument("--clip", help="the run's CLIP, if its file has moved")
+
+
 def parse_arguments(argv=None):
+    """The command line as a namespace. Of train's settings those that are not given are None."""
     parser = argparse.ArgumentParser(description="Text to picture: a CLIP-conditioned VAE, a learned prior.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an expected error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -2206,7 +2094,17 @@ def parse_arguments(argv=None):
     p.add_argument("--clip", default="ViT-B/32", help="CLIP's name, or a weights file (default: ViT-B/32)")
     p.add_argument("--data", default=DATA, help=f"data file to write (default: {DATA})")
 
-    add_training_options(command(train, "train the VAE, then its prior, on the data file"))
+    p = command(train, "train the VAE, then its prior, on the data file")
+    for name, (default, help, details) in SETTINGS.items():
+        help = help if default is None else f"{help} (default: {default})"
+        p.add_argument(f"--{name.replace('_', '-')}", help=help, **details)
+    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"],
+                   help="default: what the device does best")
+    p.add_argument("--run", metavar="DIR", help="run folder (default: a new one in runs/)")
+    p.add_argument("--resume", action="store_true",
+                   help="go on with --run (default: the newest). More --epochs or --prior-epochs make it "
+                   "longer: the learning rate returns to its plateau and descends at the new end. A finished "
+                   "run's prior can be trained longer, its VAE can't")
 
     p = command(sample, "draw pictures for prompts")
     p.add_argument("prompts", nargs="*", metavar="PROMPT")
@@ -2227,10 +2125,8 @@ def parse_arguments(argv=None):
     p.add_argument("--data", help="the run's data file, if it has moved")
 
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
-    p.add_argument("--epochs", type=between(int, 1, 1000), default=4,
-                   help="of the VAE; fewer is quicker and worse (default: 4)")
-    p.add_argument("--prior-epochs", type=between(int, 1, 1000), default=30,
-                   help="of the prior (default: 30)")
+    p.add_argument("--epochs", default=4, help="of the VAE; fewer: quicker, worse (default: 4)", **EPOCHS)
+    p.add_argument("--prior-epochs", default=30, help="of the prior (default: 30)", **EPOCHS)
     p.add_argument("--compare", action="store_true",
                    help="also train a flat code, and draw all four combinations")
     return parser.parse_args(argv)
@@ -2245,8 +2141,7 @@ def refuse_contradictions(args):
         if not given & {"prompts", "image"}:
             raise Stop('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
         if args.interpolate and (len(args.prompts) != 2 or given & {"image", "show_steps"}):
-            raise Stop("--interpolate goes from one prompt to another: give exactly two, and no --image or "
-                       "--show-steps.")
+            raise Stop("--interpolate goes between exactly two prompts, without --image or --show-steps.")
         if args.rerank and (given & {"interpolate", "show_steps"} or args.rerank < args.n):
             raise Stop("--rerank N draws N pictures and keeps the best -n of them: N must be at least as "
                        "large, and it doesn't go with --interpolate or --show-steps.")
@@ -2260,6 +2155,7 @@ def refuse_contradictions(args):
 def main(argv=None):
     """Run one command; an expected failure becomes one sentence and exit status 1."""
     args = parse_arguments(argv)
+    socket.setdefaulttimeout(TIMEOUT)  # for every download, clip's own among them
     try:
         refuse_contradictions(args)
         args.function(args)
@@ -2269,9 +2165,8 @@ def main(argv=None):
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             message = "The GPU ran out of memory; try a smaller -n."
-            if "batch" in args:
-                half = (args.batch or DEFAULTS["batch"]) // 2
-                message = f"The GPU ran out of memory; try --batch {max(1, half)}."
+            if args.function is train:
+                message = f"The GPU ran out of memory; try --batch {(args.batch or DEFAULTS['batch']) // 2}."
         elif isinstance(error, KeyboardInterrupt):
             message = message or "Interrupted. What was finished is kept; the same command goes on."
         sys.exit(f"\n{message}")

@@ -647,12 +647,18 @@ def test_a_zip_without_the_captions(here, world, mirror):
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/a.jpg", "data:,x", "/etc/passwd"])
-def test_addresses_that_are_not_http_are_not_opened(here, url, capsys):
-    (here / "train2017").mkdir()
-    wanted = [{"file_name": "a.jpg", "url": url, "width": 1, "height": 1}]
-    cvae.fetch_photographs(wanted, here / "train2017", cvae.COCO_URL)
-    assert "not an http or https address" in capsys.readouterr().out
-    assert not list((here / "train2017").iterdir())
+def test_addresses_that_are_not_http_are_not_opened(here, world, mirror, url):
+    assert "not an http or https address" in stops("prepare", "--mirror", url, "--words", "sheep", "--clip", world / "clip.pt")
+    assert not list(here.rglob("*.*"))
+    path = mirror.root / "annotations/captions_train2017.json"  # an address in the annotations is not even read
+    content = json.loads(path.read_text())
+    for record in content["images"]:
+        record["coco_url"] = url
+    path.write_text(json.dumps(content))
+    with zipfile.ZipFile(mirror.root / "annotations/annotations_trainval2017.zip", "w") as archive:
+        archive.write(path, "annotations/captions_train2017.json")
+    cvae.main(download(world, mirror))
+    assert len(cvae.load_data(cvae.DATA)["ids"]) == 24 and len(mirror.requests) == 25
 
 
 def test_threads_do_not_wait_for_tqdm(here, world, mirror):
@@ -710,7 +716,7 @@ def test_another_prepare_may_take_the_captions_out_first(here, monkeypatch):
         captions.write_text("{}")
 
     monkeypatch.setattr(cvae, "fetch", fetch)
-    assert cvae.fetch_annotations(here, "train2017", "http://127.0.0.1:9") == captions
+    cvae.fetch_annotations(captions, "http://127.0.0.1:9")
     assert captions.read_text() == "{}"
 
 
@@ -954,7 +960,7 @@ def test_the_fast_path_agrees_with_plain_float32(world):
     data = cvae.load_data(world / "data.pt")
     device = torch.device("cpu")
     images = cvae.pool_images(data["images"], 64)
-    dtype, _ = cvae.choose_precision(device)
+    dtype = cvae.choose_precision(device)
 
     def run(fast):
         torch.manual_seed(0)
@@ -1685,12 +1691,12 @@ def test_a_card_without_bfloat16_gets_float16(monkeypatch, real, best):
     # a T4 says yes where emulation counts
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: real or including_emulation)
     cuda = torch.device("cuda")
-    assert cvae.choose_precision(cuda)[0] == best
-    assert cvae.choose_precision(cuda, "float32")[0] == torch.float32
+    assert cvae.choose_precision(cuda) == best
+    assert cvae.choose_precision(cuda, "float32") == torch.float32
     if not real:
         with pytest.raises(cvae.Stop, match="can't compute in bfloat16"):
             cvae.choose_precision(cuda, "bfloat16")
-    assert cvae.choose_precision(torch.device("mps"))[0] == torch.float32
+    assert cvae.choose_precision(torch.device("mps")) == torch.float32
     with pytest.raises(cvae.Stop, match="float32"):
         cvae.choose_precision(torch.device("mps"), "float16")
 
@@ -1699,7 +1705,7 @@ def test_bfloat16_on_a_processor_follows_what_pytorch_may_use(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     for capability, expected in (("AVX512", torch.bfloat16), ("AVX2", torch.float32)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        assert cvae.choose_precision(torch.device("cpu"))[0] == expected
+        assert cvae.choose_precision(torch.device("cpu")) == expected
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch):
@@ -2302,7 +2308,7 @@ def judge_ladder(data, judge, count=32):
     spec = importlib.util.spec_from_file_location("ladder", "ladder.py")
     ladder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ladder)
-    ladder.autocast = lambda device: cvae.autocast(device, cvae.choose_precision(device)[0])  # its own sees through ATEN_CPU_CAPABILITY
+    ladder.autocast = lambda device: cvae.autocast(device, cvae.choose_precision(device))  # its own sees through ATEN_CPU_CAPABILITY
     kept = {name: data[name] for name in ("images", "image_embeddings", "caption_embeddings", "captions", "words", "clip", "clip_fingerprint")}
     torch.save(kept | {"kind": "data file", "version": ladder.DATA_VERSION, "ids": torch.arange(len(data["images"])),
                        "held_out": data["part"] != cvae.TRAINING, "split": "train2017"}, "ladder-data.pt")
