@@ -122,8 +122,8 @@ def word_pattern(words):
 def read_captions(path, words):
     """The photographs of a COCO captions file whose captions mention one of `words`.
 
-    Returns a list of dicts with id, file_name, size (w, h) and captions. Raises Stop when the file is missing,
-    is no captions file, or nothing matches.
+    Returns a list of dicts with id, file_name, size (width, height) and captions. Raises Stop when the
+    file is missing, is no captions file, or nothing matches.
     """
     images, annotations = read_records(path)
     # pycocotools joins the two lists, half a second for train2017; it wants captions numbered, and it prints
@@ -181,6 +181,7 @@ def split_parts(images):
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+CPU = torch.device("cpu")  # there CLIP computes in bfloat16 if that is fast; on CUDA its weights are float16
 
 
 @torch.no_grad()
@@ -195,7 +196,7 @@ def encode_images(model, images):
             pixels = F.interpolate(pixels, (resolution,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
         # CLIP was trained on pixels normalised by these constants; the report fed it raw [0, 1] values
         pixels = (pixels - CLIP_MEAN.to(pixels.device)) / CLIP_STD.to(pixels.device)
-        with cpu_autocast():
+        with autocast(CPU, choose_precision(CPU)):
             embeddings.append(F.normalize(model.encode_image(pixels).float(), dim=-1))
     return torch.cat(embeddings)
 
@@ -210,7 +211,7 @@ def encode_texts(model, texts):
         # the end token has the largest number; CLIP reads from left to right, so the zeros that follow
         # the longest caption's end change nothing, and captions are short: most of the work is saved
         tokens = tokens[:, :int(tokens.argmax(1).max()) + 1]
-        with cpu_autocast():
+        with autocast(CPU, choose_precision(CPU)):
             embeddings.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
     return torch.cat(embeddings)
 
@@ -961,7 +962,6 @@ SKY_COLOURS = {"blue": ((60, 130, 225), (175, 215, 245)), "grey": ((135, 140, 14
                "sunset": ((120, 70, 130), (255, 160, 70)), "night": ((8, 12, 40), (38, 48, 100))}
 GROUND_COLOURS = {"grass": (84, 158, 52), "snow": (236, 241, 249), "field": (156, 108, 62)}
 LIGHT = {"blue": (1, 1, 1), "grey": (0.9, 0.9, 0.92), "sunset": (1, 0.86, 0.78), "night": (0.56, 0.6, 0.72)}
-TOY_IMAGES = 3000
 # An animal: three colours (coat, dark, pale), where its legs begin, and shapes of one of these colours, in
 # units of its width, y upwards negative. Four numbers are an ellipse (centre, radii), more a polygon.
 ANIMALS = {
@@ -998,10 +998,7 @@ def draw_animal(draw, kind, x, y, width, facing, light):
 
 
 def draw_pasture(scene, seed):
-    """Draw a scene (animal, ground, sky, relief, count, side): a PIL image of 128 pixels.
-
-    The scene fixes what a caption can say; the seed settles the rest: skyline, clouds, sizes, places.
-    """
+    """Draw a scene, which is all that captions say; the seed settles the rest: a PIL image of 128 pixels."""
     animal, ground, sky, relief, count, side = scene
     dice, light, earth = random.Random(seed), LIGHT[sky], GROUND_COLOURS[ground]
     horizon, variant = dice.uniform(0.45, 0.48) * SIZE, dice.choice((0.0, 0.33, 0.67))  # of three skylines
@@ -1041,10 +1038,9 @@ def draw_pasture(scene, seed):
                     for x in range(0, SIZE + 4, 4)]
             draw.polygon([*line, (SIZE, SIZE), (0, SIZE)], fill=shade(earth, factor))
     draw.rectangle((0, horizon, SIZE, SIZE), fill=shade(earth))
-    places = {1: [0.32 if side == "left" else 0.68], 2: [0.26, 0.74], 3: [0.18, 0.5, 0.82]}[count]
-    for place in places:
+    width = (0.56, 0.44, 0.34)[count - 1] * SIZE
+    for place in {1: [0.32 if side == "left" else 0.68], 2: [0.26, 0.74], 3: [0.18, 0.5, 0.82]}[count]:
         x, y = (place + dice.uniform(-0.015, 0.015)) * SIZE, dice.uniform(0.87, 0.9) * SIZE
-        width = (0.56, 0.44, 0.34)[count - 1] * SIZE
         draw_animal(draw, animal, x, y, width, 1 if side == "left" else -1, light)
     return picture
 
@@ -1069,10 +1065,10 @@ def random_scene(dice):
             return *scene, dice.randint(1, 3), dice.choice(("left", "right"))
 
 
-def draw_toy_world(root):
+def draw_toy_world(root, count=3000):
     """Write the toy world as a COCO folder: root/toy/*.jpg and root/annotations/captions_toy.json."""
     dice, images, annotations = random.Random(0), [], []
-    for number in tqdm(range(TOY_IMAGES), desc="drawing pastures", unit="img"):
+    for number in tqdm(range(count), desc="drawing pastures", unit="img"):
         scene, name = random_scene(dice), f"{number:012}.jpg"
         with atomic(root / "toy" / name) as temporary:
             draw_pasture(scene, seed=number).save(temporary, quality=95)
@@ -1121,22 +1117,6 @@ def choose_device(wish=None):
     return torch.device(wish or available[0])
 
 
-def cpu_has_bfloat16():
-    """Whether this processor, as PyTorch is told to use it, has instructions for bfloat16."""
-    capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return capable and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-def autocast(device, dtype):
-    """Within this context convolutions and matrix products compute in dtype."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def cpu_autocast():
-    """For CLIP on a processor. On CUDA, CLIP's weights are in half precision anyway."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16())
-
-
 def choose_precision(device, wish=None):
     """The number format of convolutions and matrix products, by default the fastest that serves.
 
@@ -1147,11 +1127,18 @@ def choose_precision(device, wish=None):
                 "cpu": ["float32", "bfloat16", "float16"]}[device.type]
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         possible.remove("bfloat16")  # a T4 only emulates it, slowly
+    capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+    if device.type == "cpu" and capable and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        possible = ["bfloat16", "float32", "float16"]  # it has the instructions, and PyTorch may use them
     if wish and wish not in possible:
         raise Stop(f"This {device.type} device can't compute in {wish}; --precision takes one of: "
                    f"{', '.join(possible)}.")
-    best = "bfloat16" if device.type == "cpu" and cpu_has_bfloat16() else possible[0]
-    return getattr(torch, wish or best)
+    return getattr(torch, wish or possible[0])
+
+
+def autocast(device, dtype):
+    """Within this context convolutions and matrix products compute in dtype."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 # Expected failures, and files that are never half written ------------------------------------------
@@ -1237,21 +1224,6 @@ def as_id(value):
     return str(int(value) if isinstance(value, float) else value).strip()
 
 
-def as_image(record):
-    """The fields that we need of an entry of COCO's "images". Raises an error if one is missing."""
-    size = int(record["width"]), int(record["height"])
-    if min(size) < 1 or not isinstance(record["file_name"], str):
-        raise ValueError("no size, or no name")
-    return {"id": as_id(record["id"]), "file_name": record["file_name"], "size": size}
-
-
-def as_annotation(record):
-    """The fields that we need of an entry of COCO's "annotations"."""
-    if not record["caption"].strip():
-        raise ValueError("an empty caption")
-    return {"image_id": as_id(record["image_id"]), "caption": record["caption"].strip()}
-
-
 def read_records(path):
     """Images and annotations of a COCO captions file; those that can't be read are counted and left out."""
     try:
@@ -1264,12 +1236,17 @@ def read_records(path):
     fields = {field for record in listed[1] if isinstance(record, dict) for field in record}
     if "caption" not in fields and "category_id" in fields:
         raise Stop(f"{path} holds COCO's instances (outlines), not captions; take captions_... beside it.")
-    images, annotations = [], []
-    for records, read, good in (listed[0], as_image, images), (listed[1], as_annotation, annotations):
-        for record in records:
-            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
-                good.append(read(record))
-    total = len(listed[0]) + len(listed[1])
+    images, annotations, total = [], [], len(listed[0]) + len(listed[1])
+    unreadable = contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError)
+    for record in listed[0]:
+        with unreadable:
+            size = int(record["width"]), int(record["height"])
+            if min(size) > 0 and isinstance(record["file_name"], str):
+                images.append({"id": as_id(record["id"]), "file_name": record["file_name"], "size": size})
+    for record in listed[1]:
+        with unreadable:
+            if caption := record["caption"].strip():
+                annotations.append({"image_id": as_id(record["image_id"]), "caption": caption})
     bad = total - len(images) - len(annotations)
     if bad > 0.05 * total:
         raise Stop(f"{path} is not a COCO captions file: {bad} of its {total} records can't be read.")
@@ -1379,13 +1356,13 @@ def embed_photographs(model, paths, device, batch=32):
     return kept, images[:len(kept)], torch.cat(embeddings).cpu()
 
 
-# Data files, and what is asked of them in training --------------------------------------------------
+# Data files, and what training asks of them --------------------------------------------------------
 
 DATA = "data/data.pt"  # where prepare writes and train reads
 DATA_VERSION = 2
 
 
-def load_data(path, device=torch.device("cpu"), fingerprint=None):
+def load_data(path, device=CPU, fingerprint=None):
     """The data file that `prepare` wrote. Pictures stay memory-mapped, embeddings go to the device.
 
     Raises Stop if it is not the data with this fingerprint, a trained run's.
@@ -1748,8 +1725,8 @@ COCO_URL = "http://images.cocodataset.org"  # plain http: its certificate does n
 def fetch(url, path, check, progress=None):
     """Download `url` to `path`: retried with back-off, checked, renamed into place only when whole.
 
-    check(temporary path) raises ValueError for content that was not wanted; progress(blocks, block size, total)
-    hears how it goes. Raises Stop for an address that is not http(s), OSError when the attempts are used up.
+    check(temporary path) raises ValueError for content that was not wanted; progress(blocks, their size,
+    total) hears how it goes. Raises Stop for an address that is not http(s), OSError after the last attempt.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise Stop(f"{url!r} is not an http or https address; it was not opened.")
@@ -1783,8 +1760,8 @@ def fetch_annotations(path, base_url):
             raise Stop(f"{base_url} has an archive, but no {path.name} is in it.") from error
 
     def progress(blocks, size, total):
-        bar.total = total
-        bar.update(min(blocks * size, total) - bar.n)
+        bar.total = max(total, blocks * size)
+        bar.update(blocks * size - bar.n)
 
     try:
         with tqdm(desc=archive.name, unit="B", unit_scale=True) as bar:
@@ -2055,7 +2032,7 @@ SETTINGS = {  # of a training: the default, what --help says, and how argparse r
     "prior_lr": (1.5e-3, "peak learning rate of the prior", RATE),
     "seed": (0, "of all randomness", {"type": SEED}),
     "flip": (True, "mirror half of the pictures; off where captions say left and right", {"action": ON_OFF}),
-    "detour": (True, "in training half of the tokens go around the prior's middle layers: faster; off where "
+    "detour": (True, "half of the tokens skip the prior's middle layers in training: faster; off where "
                "details must be exact, as the number of moons", {"action": ON_OFF}),
     "compile": (None, "torch.compile (default: on CUDA). On a processor it needs a C++ compiler and a "
                 "minute, and makes the prior an eighth faster", {"action": ON_OFF})}
@@ -2098,20 +2075,17 @@ def parse_arguments(argv=None):
     for name, (default, help, details) in SETTINGS.items():
         help = help if default is None else f"{help} (default: {default})"
         p.add_argument(f"--{name.replace('_', '-')}", help=help, **details)
-    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"],
-                   help="default: what the device does best")
+    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"], help="default: the fastest")
     p.add_argument("--run", metavar="DIR", help="run folder (default: a new one in runs/)")
     p.add_argument("--resume", action="store_true",
-                   help="go on with --run (default: the newest). More --epochs or --prior-epochs make it "
-                   "longer: the learning rate returns to its plateau and descends at the new end. A finished "
-                   "run's prior can be trained longer, its VAE can't")
+                   help="go on with --run (default: the newest); more --epochs or --prior-epochs make it "
+                   "longer: the learning rate returns to its plateau and descends at the new end")
 
     p = command(sample, "draw pictures for prompts")
     p.add_argument("prompts", nargs="*", metavar="PROMPT")
     p.add_argument("-n", type=between(int, 1, 64), default=8, help="pictures per prompt (default: 8)")
     add_drawing_options(p)
-    p.add_argument("--temperature", type=between(float, 0, 2), default=1.0,
-                   help="scales the starting noise (default: 1)")
+    p.add_argument("--temperature", type=between(float, 0, 2), default=1.0, help="of the noise (default: 1)")
     p.add_argument("--rerank", type=between(int, 1, 4096), default=0, metavar="N",
                    help="draw N per prompt and keep those that CLIP likes best")
     p.add_argument("--image", metavar="FILE", help="draw variations of a photograph")
@@ -2127,8 +2101,7 @@ def parse_arguments(argv=None):
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
     p.add_argument("--epochs", default=4, help="of the VAE; fewer: quicker, worse (default: 4)", **EPOCHS)
     p.add_argument("--prior-epochs", default=30, help="of the prior (default: 30)", **EPOCHS)
-    p.add_argument("--compare", action="store_true",
-                   help="also train a flat code, and draw all four combinations")
+    p.add_argument("--compare", action="store_true", help="also train a flat code; draw all four ways")
     return parser.parse_args(argv)
 
 
