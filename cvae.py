@@ -1103,7 +1103,8 @@ def train_toy_clip(root, path, steps=400, batch=128):
         loss.backward()
         optimizer.step()
         schedule.step()
-    save(model.state_dict(), path)
+    with atomic(path) as temporary:
+        torch.save(model.state_dict(), temporary)
 
 
 # %% Appendix B. Devices, files, downloads ------------------------------------------------------------
@@ -1180,18 +1181,21 @@ def must_be_writable(folder, file=None):
         raise Stop(f"{file} is a folder, not a file that could be written.")
 
 
-def save(obj, path):
-    """Write tensors, numbers and strings to `path` with torch.save, atomically."""
+VERSIONS = {"data file": 2, "checkpoint": 7}  # of the two kinds of files that save writes and load reads
+
+
+def save(content, path, kind):
+    """Write a dict of tensors, numbers and strings to `path`, atomically."""
     try:
         with atomic(path) as temporary:
-            torch.save(obj, temporary)
+            torch.save({"kind": kind, "version": VERSIONS[kind], **content}, temporary)
     except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
         raise Stop(f"{path} could not be written ({first_line(error)}). What was there before is "
                    "untouched; free some disk space and run the same command again.") from error
 
 
-def load(path, kind, version):
-    """Read a file that `save` wrote and check that it is a `kind` of this version.
+def load(path, kind):
+    """Read a file that `save` wrote and check that it is of this kind and of today's version.
 
     weights_only=True reads tensors and plain containers and runs no code, whatever the file holds.
     mmap=True maps the file: pages are read when they are first touched. testzip compares the check sums.
@@ -1209,9 +1213,9 @@ def load(path, kind, version):
                    f"({first_line(error)}).") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise Stop(f"{path} is not a {kind} of this program.")
-    if content["version"] != version:
+    if content["version"] != VERSIONS[kind]:
         raise Stop(f"{path} is a {kind} of version {content['version']}; this program reads version "
-                   f"{version}. Make it anew: {anew}")
+                   f"{VERSIONS[kind]}. Make it anew: {anew}")
     return content
 
 
@@ -1359,7 +1363,6 @@ def embed_photographs(model, paths, device, batch=32):
 # Data files, and what training asks of them --------------------------------------------------------
 
 DATA = "data/data.pt"  # where prepare writes and train reads
-DATA_VERSION = 2
 
 
 def load_data(path, device=CPU, fingerprint=None):
@@ -1367,7 +1370,7 @@ def load_data(path, device=CPU, fingerprint=None):
 
     Raises Stop if it is not the data with this fingerprint, a trained run's.
     """
-    data = load(path, "data file", DATA_VERSION)
+    data = load(path, "data file")
     if fingerprint and data["fingerprint"] != fingerprint:
         raise Stop(f"{path} is not the data that this run was trained on (other photographs, another CLIP). "
                    "If that data has moved, say where it is: --data FILE.")
@@ -1453,9 +1456,11 @@ def compiled(network, example, wanted):
 
     wanted: True, False, or None for what usually pays: yes on CUDA, no on a processor.
     """
-    if not (example[0].device.type == "cuda" if wanted is None else wanted):
+    on_cuda = example[0].device.type == "cuda"
+    if not (on_cuda if wanted is None else wanted):
         return network
-    torch.set_float32_matmul_precision("high")  # on CUDA: TF32 for what is left in float32
+    if on_cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     print("compiling the network; this takes about a minute")
     try:
         forward = torch.compile(network)
@@ -1482,14 +1487,10 @@ def must_be_sane(loss, part, run="The run", ignorance=math.inf):
 
 # Runs and checkpoints ------------------------------------------------------------------------------
 
-CHECKPOINT_VERSION = 7
-
-
 def save_checkpoint(path, config, models, history, training=None):
     """Write what sampling needs and, in last.pt, what resuming needs besides."""
-    content = {"kind": "checkpoint", "version": CHECKPOINT_VERSION, "config": config, "history": history}
-    content |= {name: network and network.state_dict() for name, network in models.items()}
-    save(content | ({"training": training} if training else {}), path)
+    weights = {name: network and network.state_dict() for name, network in models.items()}
+    save({"config": config, "history": history, "training": training, **weights}, path, "checkpoint")
 
 
 def checkpoint_path(name, file="best.pt"):
@@ -1531,7 +1532,7 @@ def open_run(args):
             raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
         return args.run, DEFAULTS | given, None
     path = checkpoint_path(args.run, "last.pt")
-    checkpoint, run = load(path, "checkpoint", CHECKPOINT_VERSION), path.parent
+    checkpoint, run = load(path, "checkpoint"), path.parent
     config = checkpoint["config"]
     for name, value in given.items():
         option = "--" + name.replace("_", "-")
@@ -1552,7 +1553,7 @@ def open_run(args):
 
 def load_models(path, device):
     """A trained run, ready to sample: {"vae", "prior" (None: use N(0, I))} and its configuration."""
-    checkpoint = load(path, "checkpoint", CHECKPOINT_VERSION)
+    checkpoint = load(path, "checkpoint")
     config = checkpoint["config"]
     vae = VAE(config["size"], config["condition_dim"], config["latents"], channels=config["channels"])
     models = {"vae": vae.to(memory_format=torch.channels_last), "prior": None}
@@ -1831,10 +1832,11 @@ def prepare(args):
     part = split_parts(images)
     fingerprint = hashlib.sha256(embeddings.numpy())  # reads the memory as it lies there, without a copy
     fingerprint.update(caption_embeddings.numpy())
-    save({"kind": "data file", "version": DATA_VERSION, "images": images, "image_embeddings": embeddings,
-          "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "captions": captions,
-          "ids": [p["id"] for p in kept], "part": part, "words": words, "clip": str(args.clip),
-          "fingerprint": fingerprint.hexdigest(), "clip_fingerprint": clip_fingerprint(model)}, args.data)
+    save({"images": images, "image_embeddings": embeddings, "captions": captions,
+          "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "part": part,
+          "ids": [p["id"] for p in kept], "words": words, "clip": str(args.clip),
+          "fingerprint": fingerprint.hexdigest(), "clip_fingerprint": clip_fingerprint(model)},
+         args.data, "data file")
     sizes = part.bincount().tolist()
     print(f"{args.data}: {sizes[TRAINING]} photographs to learn from, {sizes[VALIDATION]} to choose by, "
           f"{sizes[TEST]} to judge by.")
@@ -1862,21 +1864,21 @@ def train(args):
           f"in {dtype}; the VAE has {sum(p.numel() for p in vae.parameters()):,} parameters")
     models = {"vae": vae, "prior": None}
     history = checkpoint["history"] if checkpoint else {"vae": [], "prior": []}
-    saved = checkpoint["training"] if checkpoint else {"part": "vae"}
+    saved = checkpoint and checkpoint["training"]  # what a resumed run was doing
 
-    if saved["part"] == "vae":
-        part = vae_part(vae, images, data, config, device, dtype)
-        fit(part, run, config, models, history, device, dtype, saved if checkpoint else None)
-        best = load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["vae"]  # of the best validation
-    else:
+    if saved and saved["part"] == "prior":
         best = checkpoint["vae"]
+    else:
+        part = vae_part(vae, images, data, config, device, dtype)
+        fit(part, run, config, models, history, device, dtype, saved)
+        best, saved = load(run / "best.pt", "checkpoint")["vae"], None  # of the best validation
     vae.load_state_dict(best)
     models["vae"] = vae.requires_grad_(False).eval()
     if config["prior"] == "flow":
         part = prior_part(vae, images, data, config, device, dtype, models)
         print(f"{run}: now the prior, {sum(p.numel() for p in part.network.parameters()):,} parameters")
-        fit(part, run, config, models, history, device, dtype, saved if saved["part"] == "prior" else None)
-        models["prior"].load_state_dict(load(run / "best.pt", "checkpoint", CHECKPOINT_VERSION)["prior"])
+        fit(part, run, config, models, history, device, dtype, saved)
+        models["prior"].load_state_dict(load(run / "best.pt", "checkpoint")["prior"])
     save_prior_picture(run / "prior.png", models, images, data, device)
 
 
@@ -1915,12 +1917,13 @@ def sample(args):
     path = sample_path(args.out, " ".join(labels))
     save_grid(path, rows, labels)
     print(path)
-    for number, picture in enumerate(torch.cat(rows) if args.separate else [], 1):
+    if args.separate:
         from torchvision.utils import save_image
-        own_path = path.with_name(f"{path.stem}-{number:02}.png")
-        with atomic(own_path) as temporary:
-            save_image(picture, temporary)  # of its own size, without a label
-        print(own_path)
+        for number, picture in enumerate(torch.cat(rows), 1):
+            own_path = path.with_name(f"{path.stem}-{number:02}.png")
+            with atomic(own_path) as temporary:
+                save_image(picture, temporary)
+            print(own_path)
 
 
 @torch.no_grad()
