@@ -74,7 +74,6 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1300,51 +1299,37 @@ def clip_fingerprint(model):
     return hashlib.sha256(model.text_projection.detach().cpu().half().numpy().tobytes()).hexdigest()[:16]
 
 
-def decode_batch(paths, clip_size):
-    """Paths -> indices of the readable ones, sentences about the others, squares for CLIP and the VAE."""
-    good, problems = [], []
-    for_clip = torch.empty(len(paths), 3, clip_size, clip_size, dtype=torch.uint8)
-    for_vae = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
-    for number, path in enumerate(paths):
-        try:
-            photograph = decode(path, max(clip_size, SIZE))
-        except (OSError, ValueError) as error:
-            problems.append(f"{path}: {first_line(error)}")
-            continue
-        for_clip[number] = centre_square(photograph, clip_size)
-        for_vae[number] = centre_square(photograph, SIZE)
-        good.append(number)
-    return good, problems, for_clip[good], for_vae[good]
-
-
 def embed_photographs(model, paths, device, batch=32):
     """Decode photographs and embed them with CLIP, as fast as the hardware allows.
 
     Returns the indices of the readable ones, their pixels uint8 (M, 3, 128, 128), their embeddings (M, D).
     """
-    decode_some = partial(decode_batch, clip_size=model.visual.input_resolution)
-    cores = torch.get_num_threads()
+    side, cores = model.visual.input_resolution, torch.get_num_threads()
+
+    def work(some):
+        squares, problems = [], []
+        for number, path in enumerate(some):
+            try:
+                photograph = decode(path, max(side, SIZE))
+                squares.append((number, centre_square(photograph, side), centre_square(photograph, SIZE)))
+            except (OSError, ValueError) as error:
+                problems.append(f"{path}: {first_line(error)}")
+        if not squares:
+            return [], problems, None, None
+        good, for_clip, for_vae = zip(*squares)
+        return good, problems, torch.stack(for_vae), encode_images(model, torch.stack(for_clip).to(device))
+
+    # Each core works through batches of its own. Threads that share a batch wait for each other after
+    # every layer, longest when one of them has just lost its core to the decoding of the next batch. Decoding
+    # holds Python's lock for a twentieth of its time, so that threads will do, and notebooks can start them.
+    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(cores)
-
-    def embed(decoded):
-        good, problems, for_clip, for_vae = decoded
-        return good, problems, for_vae, encode_images(model, for_clip.to(device)) if good else None
-
-    if device.type == "cpu":
-        # Each core works through batches of its own. Threads that share a batch wait for each other after
-        # every layer, longest when one of them has just lost its core to the decoding of the next batch.
-        torch.set_num_threads(1)
-        batches = [paths[start:start + batch] for start in range(0, len(paths), batch)]
-        embedded = pool.map(lambda some: embed(decode_some(some)), batches)
-    else:  # worker processes decode ahead of the GPU; a DataLoader needs no more than a list and a function
-        workers = max(1, min(os.cpu_count() or 1, len(paths) // batch))
-        embedded = map(embed, torch.utils.data.DataLoader(
-            paths, batch, num_workers=workers, prefetch_factor=4, collate_fn=decode_some))
+    batches = [paths[start:start + batch] for start in range(0, len(paths), batch)]
     images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
     kept, embeddings = [], []
     try:
         with tqdm(total=len(paths), desc="CLIP, images", unit="img") as bar:
-            for good, problems, for_vae, embedding in embedded:
+            for good, problems, for_vae, embedding in pool.map(work, batches):
                 for problem in problems:
                     tqdm.write(f"skipped: {problem}")
                 if good:

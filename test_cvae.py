@@ -363,12 +363,12 @@ def test_embeddings_agree_with_clips_own_preprocessing(world, monkeypatch):
 
 
 def test_what_a_gpu_would_be_sent(world, here, monkeypatch):
-    """On CUDA worker processes decode; here "CUDA" is the CPU, whose own way is the oracle."""
+    """Here "CUDA" is the CPU. The batches are shared out among threads; one photograph at a time is the oracle."""
     model, cpu = cvae.load_clip(str(world / "clip.pt")), torch.device("cpu")
     paths = sorted((world / "coco/val2017").glob("*.jpg"))
     (here / "page.jpg").write_bytes(b"<html>not found</html>")
     paths.insert(3, here / "page.jpg")
-    kept, pixels, embeddings = cvae.embed_photographs(model, paths, cpu, batch=4)
+    kept, pixels, embeddings = cvae.embed_photographs(model, paths, cpu, batch=1)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
     theirs = cvae.embed_photographs(model, paths, torch.device("cuda"), batch=4)
     assert kept == theirs[0] == [i for i in range(25) if i != 3]
@@ -379,15 +379,15 @@ def test_what_a_gpu_would_be_sent(world, here, monkeypatch):
 def test_embedding_stops_at_an_interruption_and_gives_the_threads_back(world, monkeypatch):
     began = []
 
-    def decode_batch(paths, clip_size):
+    def decode(path, box):
         began.append(torch.get_num_threads())
         time.sleep(0.05)
-        return [], ["broken"], None, None
+        raise OSError("broken")
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cvae, "decode_batch", decode_batch)
+    monkeypatch.setattr(cvae, "decode", decode)
     monkeypatch.setattr(cvae.tqdm, "update", interrupted)
     paths = sorted((world / "coco/val2017").glob("*.jpg")) * 4
     with pytest.raises(KeyboardInterrupt):
