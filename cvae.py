@@ -2127,7 +2127,8 @@ def main(argv=None):
         if isinstance(error, torch.OutOfMemoryError):
             message = "The GPU ran out of memory; try a smaller -n."
             if args.function is train:
-                message = f"The GPU ran out of memory; try --batch {(args.batch or DEFAULTS['batch']) // 2}."
+                half = max(1, (args.batch or DEFAULTS["batch"]) // 2)
+                message = f"The GPU ran out of memory; try --batch {half}."
         elif isinstance(error, KeyboardInterrupt):
             message = message or "Interrupted. What was finished is kept; the same command goes on."
         sys.exit(f"\n{message}")
