@@ -611,8 +611,10 @@ def test_faults_that_pass_are_survived(here, world, mirror, hurry):
                      photograph(1): [500, 500], photograph(2): ["cut"], photograph(3): ["stall"],
                      photograph(4): [b"<html>moved</html>"], photograph(5): [whole[:len(whole) // 2]],
                      photograph(6): [jpeg(Image.new("RGB", (64, 64)))]}
+    began = time.perf_counter()
     cvae.main(download(world, mirror))
     assert len(cvae.load_data(cvae.DATA)["ids"]) == 24
+    assert time.perf_counter() - began < 15  # the silent server was not waited for: it is silent for 20 seconds
     assert mirror.requests.count(photograph(1)) == 3
 
 
