@@ -349,7 +349,7 @@ class VAE(nn.Module):
             enlarge(eighth, quarter), ResBlock(quarter),                                # (N, 64, S/4, S/4)
             enlarge(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                   # (N, 32, S/2, S/2)
             enlarge(half, 3, kernel=3))                                                 # (N, 3, S, S)
-        self.register_buffer("variance", torch.tensor(1 / 12))  # of the Gaussian, see section 4
+        self.register_buffer("variance", torch.tensor(1.0))  # of the Gaussian, see section 4
         self.register_buffer("gain", torch.tensor(1.0))         # of fine detail, likewise
 
     def beside(self, h, embedding, kind):
@@ -556,7 +556,7 @@ def fit(part, run, config, models, history, device, dtype, saved=None):
     worse than ignorance, KeyboardInterrupt (after saving) on Ctrl-C.
     """
     network, batch = part.network, min(part.batch, len(part.rows))  # few photographs still train
-    epoch_steps = len(part.rows) // batch
+    epoch_steps = len(part.rows) // batch  # what is left over has its turn after another shuffle
     total = part.epochs * epoch_steps
     models[part.name] = mean = deepcopy(network).requires_grad_(False).eval()
     # AdamW gives each weight a step of its own size (arXiv 1711.05101), by a memory of some hundred steps
@@ -721,9 +721,9 @@ class Flow(nn.Module):
         h = F.pixel_unshuffle(z, self.patch)                                            # (N, 4C, s/2, s/2)
         grid = h.shape[2:]
         h = self.to_tokens(h.flatten(2).transpose(1, 2)) + self.position                # (N, T, W)
-        # a wave for each of many frequencies, slow to fast, tells distant times apart as well as nearby ones
-        octaves = torch.linspace(0, 1, TIME // 2, device=t.device)
-        waves = 1000 * t[:, None] * torch.exp(-math.log(10000) * octaves)
+        # t as waves, fast to slow, as if it were a position in a text, from 0 to 1000 (arXiv 1706.03762)
+        speed = torch.exp(-math.log(10000) * torch.linspace(0, 1, TIME // 2, device=t.device))
+        waves = 1000 * t[:, None] * speed
         time = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))                  # (N, W)
         steering = F.silu(time + self.condition(embedding, kind))                       # (N, W)
         detour = self.detour and self.training
