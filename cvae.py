@@ -67,7 +67,6 @@ import socket
 import tempfile
 import time
 import unicodedata
-import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
