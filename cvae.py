@@ -1515,8 +1515,8 @@ def open_run(args):
         if args.run and (Path(args.run) / "last.pt").exists():
             raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
         return args.run, DEFAULTS | given, None
-    path = checkpoint_path(args.run, "last.pt")
-    checkpoint, run = load(path, "checkpoint"), path.parent
+    run = Path(args.run) if args.run else checkpoint_path(None, "last.pt").parent
+    checkpoint = load(run / "last.pt", "checkpoint")  # no other: best.pt can't say how far the training was
     config = checkpoint["config"]
     for name, value in given.items():
         option = "--" + name.replace("_", "-")

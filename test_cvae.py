@@ -1301,6 +1301,17 @@ def test_a_run_is_never_overwritten(world, run_folder):
     assert (run_folder / "last.pt").read_bytes() == before
 
 
+def test_resuming_wants_a_runs_folder_and_leaves_the_rest_alone(world, here, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "vae", 5, lambda: os.kill(os.getpid(), signal.SIGINT))
+        stops("train", "--data", world / "data.pt", "--run", "run", *SMALL, *EPOCHS)
+    before = Path("run/last.pt").read_bytes()
+    for name in ("best.pt", "last.pt"):  # best.pt says nothing of how far the training was: it must not begin anew
+        assert "no readable checkpoint" in stops("train", "--resume", "--run", f"run/{name}")
+    assert "no checkpoint at nowhere" in stops("train", "--resume", "--run", "nowhere")
+    assert Path("run/last.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("part, option", [("vae", "--lr 0.0015"), ("prior", "--prior-lr 0.00075")])
 def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(world, here, monkeypatch, part, option):
     change_loss(monkeypatch, part, lambda number, network, loss: loss() * (np.nan if number > 5 else 1))
