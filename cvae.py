@@ -48,9 +48,15 @@ import os
 import signal
 import sys
 
+
+def say_goodbye(*_):
+    """Ctrl-C while PyTorch is being imported, which takes seconds: one line, no traceback."""
+    os.write(2, b"\nInterrupted.\n")
+    os._exit(1)
+
+
 if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a notebook interrupts in its own way
-    # Ctrl-C while PyTorch is being imported, which takes seconds: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nInterrupted.\n"), os._exit(1)))
+    signal.signal(signal.SIGINT, say_goodbye)
 
 import argparse
 import contextlib
@@ -1418,7 +1424,7 @@ def encode_photographs(vae, images, data, rows, device, flip=False):
     places = torch.arange(len(rows), device=device)
     for place in tqdm(places.split(64), desc="encoding photographs", leave=False):
         x = take(images, rows[place], device)
-        for version, seen in enumerate([x, x.flip(3)][:mu.shape[1]]):
+        for version, seen in enumerate([x, x.flip(3)] if flip else [x]):
             mean, logvar = vae.encode(seen, data["image_embeddings"][rows[place]], PICTURE)
             mu[place, version], sigma[place, version] = mean.half(), torch.exp(0.5 * logvar).half()
     return mu, sigma
@@ -1491,15 +1497,16 @@ def claim_run(run, config):
     """Make a run's folder, and fail if it is there: two trainings never share one."""
     stamp = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config['size']}-{config['latents']}-{config['prior']}"
     for name in [run] if run else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]:
+        folder = Path(name)
         try:
-            Path(name).mkdir(parents=True)
-            must_be_writable(Path(name))
-            return Path(name)
+            folder.mkdir(parents=True)
+            must_be_writable(folder)
+            return folder
         except FileExistsError:
             continue
         except OSError as error:
-            raise Stop(f"{name} can't be made: {error.strerror}.") from error
-    raise Stop(f"{name} can't be made, it exists already. Remove it, or choose another --run.")
+            raise Stop(f"{folder} can't be made: {error.strerror}.") from error
+    raise Stop(f"{folder} can't be made, it exists already. Remove it, or choose another --run.")
 
 
 def epochs_left(config, history):
@@ -1521,7 +1528,8 @@ def open_run(args):
     for name, value in given.items():
         option = "--" + name.replace("_", "-")
         if value != config[name] and name not in CHANGEABLE:
-            raise Stop(f"{run} was started with {option} {config[name]}, and that can't change on the way.")
+            raise Stop(f"{run} was started with {option} {config[name]}, and that can't change on the way. "
+                       "Leave the option out, or start a new run.")
         if name == "epochs" and value != config[name] and checkpoint["training"]["part"] == "prior":
             raise Stop(f"The prior of {run} has begun to learn this VAE's codes, so the VAE can't be trained "
                        "longer; the prior can (--prior-epochs).")
@@ -1561,7 +1569,8 @@ def load_clip_of(config, device, name=None):
     """The CLIP that a run was trained with. Raises Stop when `name` is another one."""
     clip_model = load_clip(name or config["clip"], device)
     if clip_fingerprint(clip_model) != config["clip_fingerprint"]:
-        raise Stop(f"{name or config['clip']} is not the CLIP that this model was trained with.")
+        raise Stop(f"{name or config['clip']} is not the CLIP that this model was trained with "
+                   f"({config['clip']}).")
     return clip_model
 
 
@@ -1751,7 +1760,7 @@ def fetch_annotations(path, base_url):
         bar.update(blocks * size - bar.n)
 
     try:
-        with tqdm(desc=archive.name, unit="B", unit_scale=True) as bar:
+        with tqdm(desc=archive.name, unit="B", unit_scale=True, leave=False) as bar:
             fetch(f"{base_url}/annotations/{archive.name}", archive, take_out, progress)
     except OSError as error:
         raise Stop(f"COCO's captions could not be fetched from {error.strerror or error}. Name a COCO folder "
