@@ -1,21 +1,25 @@
 """Text to picture in one file: a variational autoencoder (VAE), conditioned on CLIP, with a learned prior.
 
-Training, part one: the VAE learns a small code z for every photograph x.
+Training has three stages. The VAE learns a small latent z for every photograph x:
 
-    x ─► encoder ─► mu, sigma ─► z = mu + sigma·e ─► decoder ─► reconstruction of x
-            ▲                                          ▲
-            └──────── condition c: what CLIP ──────────┘
-                      says about x or its caption
+    x ─► encoder ─► mu, sigma ─► z = mu + sigma · noise ─► decoder ─► x_hat, a reconstruction of x
+            ▲                                                 ▲
+            └────────── condition c: what CLIP says ──────────┘
+                           about x or its caption
 
-Training, part two: the prior learns which codes go with which condition.
+The decoder learns on, with a critic that looks for what photographs have and reconstructions lack:
+
+    x or x_hat ─► critic ─► real or decoded?
+
+The prior learns which latents go with which condition:
 
     noise ─► transformer, 16 small steps, told c ─► z
 
-Sampling puts the two together.
+Sampling puts them together:
 
     prompt ─► CLIP's text encoder ─► c      noise ─► prior, told c ─► z      z, c ─► decoder ─► picture
 
-The quickest tour needs neither a download nor a GPU (a few minutes on two processor cores):
+The quickest tour needs neither a download nor a GPU (five minutes on two processor cores):
 
     python cvae.py demo
 
@@ -28,36 +32,25 @@ The real thing, on the photographs of MS-COCO that show cows and sheep:
 
 Contents (each `# %%` is a notebook cell in VS Code, Spyder and Jupyter)
 
-    1. The data        which COCO photographs are bucolic
-    2. CLIP            two encoders, one space
-    3. The VAE         encoder, reparameterisation, decoder; where the condition enters and why twice
-    4. The ELBO        derived line by line; the calibrated likelihood; the report's loss
-    5. Training        one loop for both parts
-    6. The prior       why N(0, I) draws fog; flow matching; guidance
-    7. Sampling        from text, from an image, in between
-    8. Evaluation      on pictures that nothing was chosen on
-    Appendices         A. a toy world   B. devices, files, downloads   C. the commands
+    0. The method          all of it in thirty lines
+    1. The data            which COCO photographs are bucolic
+    2. CLIP                two encoders, one space
+    3. The VAE             encoder, reparameterisation, decoder; where the condition enters and why twice
+    4. The ELBO            derived line by line; the calibrated likelihood; the report's loss
+    5. Training            one loop for three stages
+    6. The second lesson   why a mean is blurred; a critic
+    7. The prior           why N(0, I) draws fog; flow matching; guidance
+    8. Sampling            from text, from an image, in between
+    9. Evaluation          on pictures that nothing was chosen on
+    Appendices             A. a toy world   B. devices, files, downloads   C. the command line
 
-Sections 1 to 8 are the lesson. What they call from the appendices does what its name says. `Stop` is our
-exception for an expected failure: its sentence is all that the user sees.
+Sections 1 to 9 are the lesson. What they call from the appendices does what its name says. `UserError` is our
+exception for an expected failure: its sentence is all that the user sees. `# Try it` stands before something to
+type after `python cvae.py demo`: a command, or lines for Python (`from cvae import *`) or a notebook.
 
 The project it reimplements: Azarbal, Benjelloun Touimi, Tazi, "Generative CLIP-Conditioned Variational
-Autoencoders" (Brown University, 2024), called "the report" below.
+Autoencoders" (Brown University, 2024), called "the report" below. Three papers to read first are marked [1] to [3].
 """
-import os
-import signal
-import sys
-
-
-def say_goodbye(*_):
-    """Ctrl-C while PyTorch is being imported, which takes seconds: one line, no traceback."""
-    os.write(2, b"\nInterrupted.\n")
-    os._exit(1)
-
-
-if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a notebook interrupts in its own way
-    signal.signal(signal.SIGINT, say_goodbye)
-
 import argparse
 import contextlib
 import errno
@@ -66,10 +59,13 @@ import http.client
 import io
 import json
 import math
+import os
 import random
 import re
 import shlex
+import signal
 import socket
+import sys
 import tempfile
 import time
 import unicodedata
@@ -79,11 +75,12 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
@@ -92,8 +89,43 @@ from tqdm import tqdm
 # clip, torchvision, pycocotools and matplotlib take a second or more to import, so each is imported where
 # it is used: `--help` should not wait for a plotting library. And there are warnings about which a reader can
 # do nothing: clip uses what is deprecated elsewhere, and matplotlib has no glyph for a prompt's emoji.
-for about in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", "Glyph":
-    warnings.filterwarnings("ignore", about)
+for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", "Glyph":
+    warnings.filterwarnings("ignore", message)
+
+# %% 0. The method ----------------------------------------------------------------------------------
+# All of it, with the shapes of one picture of 64 pixels. Each line is a line of code further down.
+#
+#     Stage 1: the VAE                                    # sections 3 to 5
+#         mu, logvar = encode(x, c)                       # 3x64x64 -> 12x8x8 each
+#         z = mu + exp(logvar / 2) * noise                # 12x8x8, a draw from q(z | x, c)
+#         x_hat = decode(z, c)                            # 12x8x8 -> 3x64x64
+#         loss = D / 2 * log(MSE(x_hat, x)) + KL(q, N(0, I))
+#
+#     Stage 2: the decoder's second lesson                # section 6; the encoder is frozen
+#         loss = MSE(x_hat, x) / (2 * variance) - 0.05 * critic(x_hat)    # 3x64x64 -> 1x8x8 opinions
+#         critic's loss = max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))
+#
+#     Stage 3: the prior                                  # section 7; all latents are computed once
+#         z_t = (1 - t) * z + t * noise                   # 12x8x8, seen as 16 tokens of 2x2x12 numbers
+#         loss = MSE(flow(z_t, t, c), noise - z)          # the velocity from z to noise: 12x8x8
+#
+#     Sampling "sheep on a hill"                          # section 8
+#         c = CLIP's text encoder("sheep on a hill")      # 512 numbers
+#         z = noise
+#         for t in 16/16, 15/16, ..., 1/16:
+#             z = z - flow(z, t, c) / 16                  # a step against the velocity, towards the latents
+#         picture = decode(z, c)                          # 12x8x8 -> 3x64x64
+#
+# One letter, one meaning:
+#
+#     x, x_hat     a picture, a reconstruction     (N, 3, S, S)    N pictures of S pixels, values in [0, 1]
+#     D            values of a picture             3 · S · S
+#     z            latents                         (N, C, G, G)    G = S / 8 cells a side, C = 12 channels
+#     mu, logvar   of q(z | x, c)                  (N, C, G, G)    sigma = exp(logvar / 2)
+#     c            condition: a CLIP embedding     (N, E)          E = 512 for ViT-B/32
+#     modality     whose embedding c is            (N,)            IMAGE, TEXT or NULL (none)
+#     t            time of the flow                (N,)            0: a latent, 1: noise
+#     W, T         transformer: width, tokens      (N, T, W)       T = (G / 2)² patches of 2x2 cells
 
 # %% 1. The data ------------------------------------------------------------------------------------
 # MS-COCO (Lin et al. 2014, arXiv 1405.0312) has 118,287 training photographs with five captions each. We
@@ -108,7 +140,7 @@ THEMES = {
 }
 SIZE = 128           # pixels in the data file; a model of 64 pixels averages them down
 CAPTIONS = 5         # captions kept per photograph, COCO's usual number
-TRAINING, VALIDATION, TEST = 0, 1, 2  # the three parts of the data
+TRAIN, VAL, TEST = 0, 1, 2  # the three splits of the data
 
 
 def word_pattern(words):
@@ -126,7 +158,7 @@ def word_pattern(words):
 def read_captions(path, words):
     """The photographs of a COCO captions file whose captions mention one of `words`.
 
-    Returns a list of dicts with id, file_name, size (width, height) and captions. Raises Stop when the
+    Returns a list of dicts with id, file_name, size (width, height) and captions. Raises UserError when the
     file is missing, is no captions file, or nothing matches.
     """
     images, annotations = read_records(path)
@@ -143,7 +175,7 @@ def read_captions(path, words):
     pattern = word_pattern(words)
     chosen = [p for p in photographs.values() if any(pattern.search(caption) for caption in p["captions"])]
     if not chosen:
-        raise Stop(f"No caption in {path} mentions any of: {', '.join(words)}.")
+        raise UserError(f"No caption in {path} mentions any of: {', '.join(words)}.")
     return chosen
 
 
@@ -154,34 +186,38 @@ def centre_square(photograph, size):
     report squashed the whole photograph into a square for one of the two, which changes its shapes.
     """
     from torchvision.transforms.v2 import InterpolationMode, functional
-    pixels = functional.pil_to_tensor(photograph)                                       # (3, H, W)
+    pixels = functional.pil_to_tensor(photograph)                                       # (3, height, width)
     square = functional.center_crop(pixels, [min(photograph.size)] * 2)
     return functional.resize(square, [size, size], InterpolationMode.BICUBIC, antialias=True)
 
 
-def split_parts(images):
-    """Sort photographs into three parts by a hash of their pixels: uint8 (N, 3, H, H) -> (N,).
+def split_data(images):
+    """Sort photographs into three splits by a hash of their pixels: uint8 (N, 3, 128, 128) -> (N,).
 
-    A photograph goes into one part with all its captions. Training pictures teach. Validation pictures
+    A photograph goes into one split with all its captions. Training pictures teach. Validation pictures
     choose: checkpoints and every setting chosen by looking. Test pictures are for `evaluate` alone. Equal
     pictures have equal hashes: one that is in the data twice is never learned from and judged by at once.
     """
     hashes = [int(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:15], 16) for image in images]
     different, rank = torch.tensor(hashes).unique(return_inverse=True)  # rank among the sorted hashes
     if len(different) < 3:
-        raise Stop("Too few different photographs: at least three are needed, one for each part of the data.")
+        raise UserError("Too few different photographs: at least three are needed, one for each split of the data.")
     test = max(1, min(1000, len(different) // 10))
-    validation = max(1, min(500, len(different) // 20))
-    part = torch.full_like(rank, TRAINING)
-    part[rank < test + validation] = VALIDATION
-    part[rank < test] = TEST
-    return part
+    val = max(1, min(500, len(different) // 20))
+    split = torch.full_like(rank, TRAIN)
+    split[rank < test + val] = VAL
+    split[rank < test] = TEST
+    return split
 
+
+# Try it: which captions does a word find?
+#     found = read_captions("data/toy/annotations/captions_toy.json", ["stars"])
+#     print(len(found), *found[0]["captions"], sep="\n")
 
 # %% 2. CLIP ----------------------------------------------------------------------------------------
 # CLIP (Radford et al. 2021, arXiv 2103.00020) trained an image encoder and a text encoder together, so that a
 # picture and its caption point the same way: cos(image, caption) is high for a pair and low for a mismatch.
-# Only directions count, so every embedding is scaled to length one. It has D numbers: 512 for ViT-B/32.
+# Only directions count, so every embedding is scaled to length one. It has E numbers: 512 for ViT-B/32.
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -190,12 +226,12 @@ CPU = torch.device("cpu")  # there CLIP computes in bfloat16 if that is fast; on
 
 @torch.no_grad()
 def encode_images(model, images):
-    """Embed pictures with CLIP: uint8 or [0, 1] float (N, 3, H, H) -> unit vectors (N, D)."""
+    """Embed pictures with CLIP: uint8 or [0, 1] float (N, 3, H, H) -> unit vectors (N, E)."""
     resolution, embeddings, batches = model.visual.input_resolution, [], images.split(64)
     if len(batches) > 8:  # takes a while
         batches = tqdm(batches, desc="CLIP, images", leave=False)
-    for some in batches:
-        pixels = some.float() / 255 if some.dtype == torch.uint8 else some
+    for batch in batches:
+        pixels = batch.float() / 255 if batch.dtype == torch.uint8 else batch
         if pixels.shape[-1] != resolution:
             pixels = F.interpolate(pixels, (resolution,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
         # CLIP was trained on pixels normalised by these constants; the report fed it raw [0, 1] values
@@ -207,7 +243,7 @@ def encode_images(model, images):
 
 @torch.no_grad()
 def encode_texts(model, texts):
-    """Embed N captions with CLIP, which reads 77 tokens, some 55 words, of each: unit vectors (N, D)."""
+    """Embed N captions with CLIP, which reads 77 tokens, some 55 words, of each: unit vectors (N, E)."""
     import clip
     device, embeddings = model.text_projection.device, []
     for start in tqdm(range(0, len(texts), 64), "CLIP, captions", leave=False, disable=len(texts) <= 512):
@@ -221,22 +257,21 @@ def encode_texts(model, texts):
 
 
 # An embedding never changes, so `prepare` (appendix C) computes them once and writes one data file with
-# pixels, embeddings and parts. The report ran CLIP anew for every image of every epoch.
+# pixels, embeddings and splits. The report ran CLIP anew for every image of every epoch.
 #
-# The gap. CLIP pulls pairs together, but only relative to mismatches: images and captions end up in two
-# separate narrow cones ("Mind the gap", Liang et al. 2022, arXiv 2203.02053). The report trained on image
-# embeddings and prompted with text embeddings, which its decoder had never seen. Here each training
-# picture comes with its own embedding or, at random, with one of its captions', and every network is told
-# which kind it gets. Then prompts and pictures are both familiar.
+# The modality gap. CLIP pulls pairs together, but only relative to mismatches: images and captions end up in
+# two separate narrow cones ("Mind the gap", Liang et al. 2022, arXiv 2203.02053). The report trained on image
+# embeddings and prompted with text embeddings, which its decoder had never seen. Here each training picture
+# comes with its own embedding or, at random, with one of its captions', and every network is told the modality.
 
-PICTURE, CAPTION, NOTHING = 0, 1, 2  # kinds of condition; NOTHING teaches the prior to draw without one
+IMAGE, TEXT, NULL = 0, 1, 2  # modality of a condition; NULL, none, teaches the prior to draw without one
 
 
 class Condition(nn.Module):
-    """An embedding as the networks want it: (N, D) and its kind (one number, or (N,)) -> (N, width).
+    """An embedding as the networks want it: (N, E) and its modality (one number, or (N,)) -> (N, width).
 
-    Embeddings crowd into a narrow cone. Standardised, each kind by its own mean and deviation, their
-    differences are what a network sees. A learned vector adds what kind it is.
+    Embeddings crowd into a narrow cone. Standardised, each modality by its own mean and deviation, their
+    differences are what a network sees. A learned vector adds the modality.
     """
 
     def __init__(self, dimensions, width):
@@ -244,58 +279,61 @@ class Condition(nn.Module):
         self.register_buffer("mean", torch.zeros(2, dimensions))
         self.register_buffer("std", torch.ones(2, dimensions))
         self.project = nn.Linear(dimensions, width)
-        self.kind = nn.Embedding(3, width)
-        nn.init.zeros_(self.kind.weight)  # at first all kinds look alike
+        self.modality = nn.Embedding(3, width)
+        nn.init.zeros_(self.modality.weight)  # at first all modalities look alike
 
-    def learn_statistics(self, data, rows):
-        """Mean and deviation of both kinds of embeddings, over these rows of the data."""
-        for kind, some in ((PICTURE, data["image_embeddings"][rows]),
-                           (CAPTION, data["caption_embeddings"][rows].flatten(0, 1))):
-            self.mean[kind], self.std[kind] = some.mean(0), some.std(0) + 1e-6
+    def learn_statistics(self, data, index):
+        """Mean and deviation of both modalities' embeddings, over these photographs of the data."""
+        for modality, embeddings in ((IMAGE, data["image_embeddings"][index]),
+                                     (TEXT, data["caption_embeddings"][index].flatten(0, 1))):
+            self.mean[modality], self.std[modality] = embeddings.mean(0), embeddings.std(0) + 1e-6
 
-    def standardise(self, embedding, kind):
-        return (embedding - self.mean[kind]) / self.std[kind]                           # (N, D)
-
-    def forward(self, embedding, kind):
-        kind = torch.as_tensor(kind, device=embedding.device).expand(len(embedding))
-        known = self.project(self.standardise(embedding, kind.clamp(max=CAPTION)))      # (N, width)
-        # NOTHING has no mean and deviation; it borrowed a caption's, and what came of it is not used
-        return torch.where(kind[:, None] == NOTHING, 0.0, known) + self.kind(kind)
+    def forward(self, embedding, modality):
+        modality = torch.as_tensor(modality, device=embedding.device).expand(len(embedding))
+        own = modality.clamp(max=TEXT)  # NULL has no mean; it borrows a caption's, and the result is not used
+        projected = self.project((embedding - self.mean[own]) / self.std[own])          # (N, width)
+        return torch.where(modality[:, None] == NULL, 0.0, projected) + self.modality(modality)
 
 
-def draw_condition(data, rows, device):
-    """For photographs (n,) of the data: embeddings (n, D) and kinds (n,).
+def sample_condition(data, index):
+    """For photographs (n,) of the data: embeddings (n, E) and modalities (n,).
 
     Seven of ten are a caption's, because prompts are what the model will be asked most.
     """
-    kind = torch.where(torch.rand(len(rows), device=device) < 0.7, CAPTION, PICTURE)
-    which = torch.randint(CAPTIONS, (len(rows),), device=device)  # another caption at every visit
-    captions, pictures = data["caption_embeddings"][rows, which], data["image_embeddings"][rows]
-    return torch.where(kind[:, None] == CAPTION, captions, pictures), kind
+    modality = torch.where(torch.rand(len(index), device=index.device) < 0.7, TEXT, IMAGE)
+    which = torch.randint(CAPTIONS, (len(index),), device=index.device)  # another caption at every visit
+    captions, images = data["caption_embeddings"][index, which], data["image_embeddings"][index]
+    return torch.where(modality[:, None] == TEXT, captions, images), modality
 
+
+# Try it: which of three captions is nearest to a prompt?
+#     prompt, captions = ["a sheep at night"], ["a sheep under the stars", "a sheep on a sunny day", "two cows at sunset"]
+#     model = load_clip("data/toy/clip.pt")
+#     print(encode_texts(model, prompt) @ encode_texts(model, captions).T)
 
 # %% 3. The VAE -------------------------------------------------------------------------------------
-# A VAE (Kingma & Welling 2013, arXiv 1312.6114) has two halves. The encoder q(z | x, c) looks at a picture x
-# and says which codes z could have made it. The decoder p(x | z, c) makes a picture from a code. The
-# condition c enters both, for different reasons. The encoder gets it so that z need not store what c
-# already says. The decoder gets it because at sampling time c is what it knows about the prompt.
+# A VAE (Kingma & Welling 2013, arXiv 1312.6114) [1] has two halves. The encoder q(z | x, c) looks at a picture x
+# and says which latents z could have made it. The decoder p(x | z, c) makes a picture from a latent.
+#
+# The condition c enters both, for different reasons: the encoder, so that z need not store what c already says;
+# the decoder, because at sampling time c is what it knows about the prompt. That is the theory of a conditional
+# VAE, and it matters for the report's model, which draws z from N(0, I). In ours it changes almost nothing that
+# can be seen: a grid of latents says so much about a picture that 512 numbers of CLIP add little (swap them and
+# see, below). It is the prior of section 7 that answers the prompt.
 #
 # What shape should z have? The report's is one vector of 128 numbers ("flat"). Ours is a small grid: one
-# code for each square of 8x8 pixels. A cell then says what is in its square, and the decoder need not
-# work out where things are. Latent diffusion (Rombach et al. 2022, arXiv 2112.10752) uses such a grid.
+# vector for each square of 8x8 pixels. A cell then says what is in its square, and the decoder need not
+# work out where things are. Latent diffusion (Rombach et al. 2022, arXiv 2112.10752) [2] uses such a grid.
 #
 # Arithmetic at full resolution is what costs: a convolution at 64x64 does 64 times the work of the same
 # one at 8x8. So the first layer shrinks the picture four times, and the last one enlarges it.
 #
 # Deep networks learn the simple things slowly: after a minute and a half the colours were still missing. So a
-# linear short cut runs beside encoder and decoder. By itself it is what a JPEG does, a few weighted sums
-# of each 8x8 square; the deep layers add what sums can't say. (DC-AE, Chen et al. 2024, arXiv 2410.10733,
-# shortens the way similarly.) In equal time it brought 2 dB, and samples whose kind can be told.
+# linear skip connection runs beside encoder and decoder. By itself it is what a JPEG does, a few weighted sums
+# of each 8x8 square; the deep layers add what sums can't say. In equal time it brought 2 dB.
 
-CHANNELS = 12        # numbers in each cell of the grid: photographs need more than drawings
-FLAT = 128           # numbers in the flat code, the report's
-WIDTHS = 32, 64, 96  # channels at a half, a quarter and an eighth of the picture's side
-SHRUNK = 32          # the condition's share of the channels, the report's
+LATENT_DIM = 128          # numbers in the flat latent, the report's
+CONDITION_CHANNELS = 32   # the condition's share of the channels, the report's
 
 
 class ResBlock(nn.Module):
@@ -315,108 +353,128 @@ class ResBlock(nn.Module):
         return h + self.change(h)
 
 
-def enlarge(above, width, kernel=1, times=2):
+def upsample(channels_in, channels, kernel=1, factor=2):
     """Each cell becomes a square of cells, 2x2 or larger (sub-pixel convolution, arXiv 1609.05158)."""
-    conv = nn.Conv2d(above, times**2 * width, kernel, padding=kernel // 2)
-    return nn.Sequential(conv, nn.PixelShuffle(times))
+    conv = nn.Conv2d(channels_in, factor**2 * channels, kernel, padding=kernel // 2)
+    return nn.Sequential(conv, nn.PixelShuffle(factor))
 
 
 class VAE(nn.Module):
-    """Encoder and decoder. size: pixels (64 or 128); condition_dim: D; latents: "grid" or "flat".
+    """Encoder and decoder. size: pixels S (64 or 128); condition_dim: E; latents: "grid" or "flat"; width: of
+    the layers at half of the side; a quarter has twice, an eighth three times as many channels.
 
-    The code z is (N, C, s, s): C = channels and s = size / 8 for a grid, C = 128 and s = 1 for a flat code,
+    The latent z is (N, C, G, G): C = channels and G = size / 8 for a grid, C = 128 and G = 1 for a flat one,
     so that everything else treats both alike. dropout on z, the report's, makes the decoder rely more on c.
     """
 
-    def __init__(self, size, condition_dim, latents="grid", dropout=0.0, channels=CHANNELS):
+    def __init__(self, size, condition_dim, latents="grid", dropout=0.0, channels=12, width=32):
         super().__init__()
-        side, (half, quarter, eighth) = size // 8, WIDTHS
-        self.shape = (channels, side, side) if latents == "grid" else (FLAT, 1, 1)
-        self.condition = Condition(condition_dim, SHRUNK)
+        side, half, quarter, eighth = size // 8, width, 2 * width, 3 * width
+        self.shape = (channels, side, side) if latents == "grid" else (LATENT_DIM, 1, 1)
+        self.condition = Condition(condition_dim, CONDITION_CHANNELS)
         self.encoder = nn.Sequential(
             nn.Conv2d(3, quarter, 4, stride=4), ResBlock(quarter),                      # (N, 64, S/4, S/4)
             nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),                         # (N, 96, S/8, S/8)
             ResBlock(eighth), ResBlock(eighth), nn.GroupNorm(8, eighth), nn.SiLU())
         if latents == "grid":
-            self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * channels, 1)
-            self.from_latent = nn.Conv2d(channels + SHRUNK, eighth, 3, padding=1)
-            self.short_in = nn.Conv2d(3, 2 * channels, 8, stride=8)
-            self.short_out = enlarge(channels, 3, kernel=3, times=8)  # squares that overlap: fainter seams
+            self.to_moments = nn.Conv2d(eighth + CONDITION_CHANNELS, 2 * channels, 1)
+            self.from_latent = nn.Conv2d(channels + CONDITION_CHANNELS, eighth, 3, padding=1)
+            self.skip_in = nn.Conv2d(3, 2 * channels, 8, stride=8)
+            self.skip_out = upsample(channels, 3, kernel=3, factor=8)  # squares that overlap: fainter seams
         else:  # a convolution as large as its input is a dense layer
-            self.to_latent = nn.Conv2d(eighth + SHRUNK, 2 * FLAT, side)
-            self.from_latent = nn.ConvTranspose2d(FLAT + SHRUNK, eighth, side)
-            self.short_in = nn.Conv2d(3, 2 * FLAT, size, stride=size)
-            self.short_out = nn.ConvTranspose2d(FLAT, 3, size)
-        nn.init.zeros_(self.short_in.weight[self.shape[0]:])  # no short cut to logvar at first
+            self.to_moments = nn.Conv2d(eighth + CONDITION_CHANNELS, 2 * LATENT_DIM, side)
+            self.from_latent = nn.ConvTranspose2d(LATENT_DIM + CONDITION_CHANNELS, eighth, side)
+            self.skip_in = nn.Conv2d(3, 2 * LATENT_DIM, size, stride=size)
+            self.skip_out = nn.ConvTranspose2d(LATENT_DIM, 3, size)
+        nn.init.zeros_(self.skip_in.weight[self.shape[0]:])  # no skip connection to logvar at first
         self.dropout = nn.Dropout(dropout)
         self.decoder = nn.Sequential(
             ResBlock(eighth), ResBlock(eighth),                                         # (N, 96, S/8, S/8)
-            enlarge(eighth, quarter), ResBlock(quarter),                                # (N, 64, S/4, S/4)
-            enlarge(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                   # (N, 32, S/2, S/2)
-            enlarge(half, 3, kernel=3))                                                 # (N, 3, S, S)
+            upsample(eighth, quarter), ResBlock(quarter),                               # (N, 64, S/4, S/4)
+            upsample(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                  # (N, 32, S/2, S/2)
+            upsample(half, 3, kernel=3))                                                # (N, 3, S, S)
         self.register_buffer("variance", torch.tensor(1.0))  # of the Gaussian, see section 4
-        self.register_buffer("gain", torch.tensor(1.0))         # of fine detail, likewise
 
-    def beside(self, h, embedding, kind):
-        """Concatenate the condition to a map, the same in every cell: (N, C, s, s) -> (N, C + 32, s, s)."""
-        condition = self.condition(embedding, kind)[:, :, None, None]                   # (N, 32, 1, 1)
+    def concat_condition(self, h, embedding, modality):
+        """Concatenate the condition to a map, the same in every cell: (N, C, G, G) -> (N, C + 32, G, G)."""
+        condition = self.condition(embedding, modality)[:, :, None, None]               # (N, 32, 1, 1)
         return torch.cat([h, condition.expand(-1, -1, *h.shape[2:])], dim=1)
 
-    def encode(self, x, embedding, kind):
-        """q(z | x, c): pictures (N, 3, S, S) in [0, 1] -> mu and logvar, (N, C, s, s) each."""
+    def encode(self, x, embedding, modality):
+        """q(z | x, c): pictures (N, 3, S, S) in [0, 1] -> mu and logvar, (N, C, G, G) each."""
         x = x * 2 - 1  # layers learn best from inputs around zero
         h = self.encoder(x)                                                             # (N, 96, S/8, S/8)
-        h = self.to_latent(self.beside(h, embedding, kind)) + self.short_in(x)          # (N, 2C, s, s)
+        h = self.to_moments(self.concat_condition(h, embedding, modality)) + self.skip_in(x)  # (N, 2C, G, G)
         mu, logvar = h.float().chunk(2, dim=1)  # log sigma² may be any number, as a layer's output is
         return mu, logvar.clamp(-10, 4)         # but a wild exponent would end the training
 
-    def decode(self, z, embedding, kind):
-        """The mean of p(x | z, c): codes (N, C, s, s) -> pictures (N, 3, S, S) in [0, 1]."""
+    def decode(self, z, embedding, modality):
+        """The mean of p(x | z, c): latents (N, C, G, G) -> pictures (N, 3, S, S) in [0, 1]."""
         z = self.dropout(z)
-        h = self.from_latent(self.beside(z, embedding, kind))                           # (N, 96, S/8, S/8)
-        return torch.sigmoid((self.decoder(h) + self.short_out(z)).float())
+        h = self.from_latent(self.concat_condition(z, embedding, modality))             # (N, 96, S/8, S/8)
+        return torch.sigmoid((self.decoder(h) + self.skip_out(z)).float())
 
-    def forward(self, x, embedding, kind):
-        """Reconstruct x by a draw from q, reparameterised: picture (N, 3, S, S) and KL (N,) in nats."""
-        mu, logvar = self.encode(x, embedding, kind)
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # mu + sigma·e: gradients pass through
-        return self.decode(z, embedding, kind), kl_divergence(mu, logvar)
+    def forward(self, x, embedding, modality):
+        """Reconstruct x from a draw from q: x_hat (N, 3, S, S) and KL (N,) in nats.
 
+        z = mu + sigma · noise, the reparameterisation: gradients pass through mu and sigma, not the dice.
+        """
+        mu, logvar = self.encode(x, embedding, modality)
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        return self.decode(z, embedding, modality), kl_divergence(mu, logvar)
+
+
+# Try it: eight photographs, decoded with their own conditions and with each other's. Almost the same.
+#     models, data, x, c = open_newest_run()
+#     x_hat, swapped = models["vae"](x, c, IMAGE)[0], models["vae"](x, c.flip(0), IMAGE)[0]
+#     save_grid("samples/swapped.png", [x, x_hat, swapped], ["photographs", "x_hat", "x_hat, conditions swapped"])
+# And a latent's cell zeroed: what was in its square of 8x8 pixels is gone, and little else.
+#     z = models["vae"].encode(x, c, IMAGE)[0]
+#     z[:, :, 4, 4] = 0
+#     save_grid("samples/zeroed.png", [models["vae"].decode(z, c, IMAGE)], ["one cell of the latent is zero"])
 
 # %% 4. The ELBO ------------------------------------------------------------------------------------
-# We want parameters under which the photographs are likely: log p(x | c) = log ∫ p(x | z, c) p(z) dz. Nobody
-# can compute that integral, so we bound it from below. For any distribution q(z), Jensen's inequality gives
+# We want parameters under which the photographs are likely: a high log p(x | c). Four lines lead to a loss:
 #
-#     log p(x | c)  >=  E_q [ log p(x | z, c) ]  -  KL( q(z | x, c) || p(z) )   =   ELBO
+#     log p(x | c) = log ∫ p(x | z, c) p(z) dz                            by definition
+#                  = log E_q [ p(x | z, c) p(z) / q(z | x, c) ]           multiply and divide by q
+#                 >= E_q [ log ( p(x | z, c) p(z) / q(z | x, c) ) ]       Jensen: log of a mean >= mean of logs
+#                  = E_q [ log p(x | z, c) ] - KL( q(z | x, c) || p(z) )  =  ELBO
 #
-# The first term asks for good reconstructions. The second asks for codes that look like draws from
-# p(z) = N(0, I). Training raises the bound; we lower its negative. What the bound loses is the KL from q to
-# the true p(z | x, c), so raising it also makes the encoder a better guess of that.
+# Nobody can compute the integral; the last line can be estimated with one draw z from q. Its first term asks for
+# good reconstructions, its second for latents that look like draws from p(z) = N(0, I). Training raises the
+# bound; we lower its negative. What it loses against log p is the KL from q to the true p(z | x, c).
 #
-# The likelihood p(x | z, c) is a Gaussian around the decoder's picture x̂, with one variance s² for all its D
-# values (3 S S). A fixed s² would weigh the two terms against each other, as a hand-tuned "beta" does. The
-# best one is known, the mean squared error: put it in (sigma-VAE, Rybkin et al. 2021, arXiv 2006.13202)
+# Why p(z) and not p(z | c)? Any p(z | c) would do, and a learned one is better: that is stage 3. In stage 1
+# N(0, I) serves as a common unit. It keeps every latent near zero and of a size near one, and its KL charges for
+# each nat that z says about x, so the latent says what helps the picture most. Without it the encoder could spread
+# latents without limit, and nothing could learn where they are. So the KL stays although a flow draws z later.
 #
-#     -log p(x | z, c) = D/2 log(2 pi s²) + |x - x̂|² / 2s²   =   D/2 log(2 pi e MSE)    at  s² = MSE
+# The likelihood p(x | z, c) is a Gaussian around x_hat with one variance for all D values. A fixed variance
+# would weigh the two terms against each other, as a hand-tuned "beta" does. The best one is known, the mean
+# squared error: put it in (sigma-VAE, Rybkin et al. 2021, arXiv 2006.13202)
 #
-# Units. A natural logarithm counts nats; a bit is log 2 nats. Pixels are 256 levels, not real numbers. The
-# remedy spreads each level over its width of 1/256 (dequantisation), which adds 1/(12·256²) to the expected
-# MSE. Then minus the ELBO is a bound on the bits that a picture takes, and compares across models:
+#     -log p(x | z, c) = D/2 log(2 pi variance) + |x - x_hat|² / (2 variance)
+#                      = D/2 log(MSE) + a constant          at  variance = MSE = |x - x_hat|² / D
 #
-#     bits per dimension = (NLL + KL) / (D log 2) + log2(256)
+# So what training lowers is D/2 log(MSE) + KL: halve the squared error, and you may pay D/2 log 2 nats for it.
+#
+# Units. A natural logarithm counts nats; a bit is log 2 nats. Minus the ELBO, in bits, bounds what storing the
+# picture takes, and compares across models: bits per dimension = (NLL + KL) / (D log 2) + log2(256). Usual at
+# 64 pixels: 5 to 6 bits, 500 to 2,000 nats of KL, a PSNR (-10 log10 MSE) of 22 to 29 dB. (Pixels are 256 levels,
+# not real numbers. Spreading each over its width of 1/256, dequantisation, adds 1/(12·256²) to the MSE.)
 
 QUANTISATION = 1 / (12 * 256**2)
 
 
 def kl_divergence(mu, logvar):
-    """KL( N(mu, sigma²) || N(0, I) ) in nats for codes (N, C, s, s): (N,)."""
+    """KL( N(mu, sigma²) || N(0, I) ) in nats for latents (N, C, G, G): (N,)."""
     # ½ Σ [ sigma² + mu² - 1 - log sigma² ]
     return 0.5 * (logvar.exp() + mu**2 - 1 - logvar).flatten(1).sum(1)
 
 
-def gaussian_nll(mse, dimensions, variance=None):
-    """-log p(x | z, c) in nats; the variance is the best one for this mse if none is given."""
-    variance = mse if variance is None else variance
+def gaussian_nll(mse, dimensions, variance):
+    """-log p(x | z, c) in nats, of D = dimensions values."""
     return 0.5 * dimensions * (torch.log(2 * math.pi * variance) + mse / variance)
 
 
@@ -425,57 +483,67 @@ def bits_per_dimension(nats, dimensions):
     return nats / (dimensions * math.log(2)) + 8
 
 
-def elbo_loss(picture, x, kl, kl_weight=1.0, variance=None):
-    """Minus the ELBO in bits per dimension, averaged over the batch: a scalar."""
-    dimensions = x[0].numel()
-    nll = gaussian_nll(F.mse_loss(picture, x) + QUANTISATION, dimensions, variance)
-    return bits_per_dimension(nll + kl_weight * kl.mean(), dimensions)
+def elbo_loss(x_hat, x, kl, kl_weight=1.0, variance=None):
+    """Minus the ELBO in bits per dimension, averaged over the batch: a scalar.
+
+    Without a variance it is the batch's own MSE (of all processes' batches), the best one.
+    """
+    dimensions, mse = x[0].numel(), F.mse_loss(x_hat, x) + QUANTISATION
+    variance = mean_over_processes(mse.detach()) if variance is None else variance
+    return bits_per_dimension(gaussian_nll(mse, dimensions, variance) + kl_weight * kl.mean(), dimensions)
 
 
-def original_loss(picture, x, kl, kl_weight=1.0, variance=None):
+def original_loss(x_hat, x, kl, kl_weight=1.0, variance=None):
     """The report's loss: BCE summed over pixels, averaged over channels, + 0.5 KL + 0.1 (1 - SSIM).
 
-    Cross-entropy on values that are not 0 or 1 is no likelihood. Near the target it curves like a
-    Gaussian whose deviation is sqrt(x (1 - x)), up to half the brightness range. Under so much noise
-    hardly any code is worth its KL, so the codes go unused and the pictures blur.
+    Cross-entropy on values that are not 0 or 1 is no likelihood; it acts like a Gaussian of a large variance,
+    under which hardly anything is worth its KL. So the latents go unused and the pictures blur. SSIM (Wang et
+    al. 2004) compares means, variances and covariances of small windows; its share is too small to matter.
     """
-    bce = F.binary_cross_entropy(picture, x, reduction="none").sum((1, 2, 3)) / 3
-    return (bce + 0.5 * kl_weight * kl + 0.1 * (1 - ssim(picture, x)) / len(x)).mean()
+    bce = F.binary_cross_entropy(x_hat, x, reduction="none").sum((1, 2, 3)) / 3
+    return (bce + 0.5 * kl_weight * kl + 0.1 * (1 - ssim(x_hat, x)) / len(x)).mean()
 
 
 OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 
-# A code stands for many pictures, and the decoder answers with their mean, which is smoother than any of
-# them: fur and leaves average out. The likelihood calls it noise, but a picture with that noise is grainy. So
-# for looking at, one number turns the detail up until it is as strong as in (validation) photographs.
-
-def detail(pictures):
-    """What a blur over 3x3 pixels takes away from pictures (N, 3, S, S): the same shape."""
-    return pictures - F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def sharpen(picture, gain):
-    """Pictures (N, 3, S, S) for looking at: their fine detail, turned up."""
-    return (picture + (gain - 1) * detail(picture)).clamp(0, 1)
-
-
-def detail_gain(picture, x):
-    """How many times stronger detail is in photographs x than in their reconstructions: a scalar."""
-    return (detail(x).square().mean() / detail(picture).square().mean()).sqrt().clamp(1, 3)
-
+# Try it: where are the nats? Cells with an animal's edge take more of the KL than cells of plain sky.
+#     models, data, x, c = open_newest_run()
+#     mu, logvar = models["vae"].encode(x, c, IMAGE)
+#     print((0.5 * (logvar.exp() + mu**2 - 1 - logvar)).sum(1)[0].round())            # (G, G), of the first picture
 
 # %% 5. Training ------------------------------------------------------------------------------------
-# Both networks, the VAE and (section 6) the prior, are trained by the same loop. All pictures fit in memory
-# as bytes (20,000 at 128 pixels are 1 GB), so there is no DataLoader: the whole uint8 tensor lives on the
-# device, and a batch is an index into it. Nothing in the loop waits for the GPU except the progress bar.
+# Three stages, one loop. All pictures fit in memory as bytes (20,000 at 128 pixels are 1 GB), so there is no
+# DataLoader: the whole uint8 tensor lives on the device, and a batch is an index into it.
 #
-# All randomness of step n comes from a generator seeded with (seed, n). So a run is determined by its
-# configuration, and resuming needs no more than weights, optimiser state and n.
-#
-# `fit` is the loop. `vae_part`, and `prior_part` in section 6, bring what it needs of each network, above all
-# a loss. `train` (appendix C) calls fit with the one and then, with the VAE's best weights, with the other.
+# All randomness of step n comes from (seed, n). So a run is determined by its configuration, and resuming needs
+# no more than weights, optimiser and n.
 
-WARM_UP = 50  # steps over which the learning rate rises
+CONFIG = {  # every setting of a training: each is an option of `train`, and checkpoints carry them all
+    "data": "data/data.pt", "size": 64, "latents": "grid", "channels": 12, "prior": "flow", "objective": "elbo",
+    "dropout": 0.0, "flip": True, "compile": True, "seed": 0,
+    "vae_width": 32, "epochs": 30, "batch": 16, "lr": 3e-3,                             # stage 1: the VAE
+    "decoder_epochs": 12, "decoder_batch": 32, "decoder_lr": 5e-4,                      # stage 2: its decoder
+    "prior_width": 192, "prior_depth": 6, "prior_epochs": 100, "prior_batch": 64, "prior_lr": 1.5e-3}  # stage 3
+MODELS = {  # what --model changes: "small" suits two processor cores and a Mac, "base" a CUDA card
+    "small": {},
+    "base": {"vae_width": 64, "epochs": 80, "batch": 64, "lr": 2e-3, "decoder_epochs": 30, "decoder_batch": 64,
+             "prior_width": 512, "prior_depth": 8, "prior_epochs": 400, "prior_batch": 256, "prior_lr": 1e-3}}
+WARM_UP = 50        # steps over which the learning rate rises
+SAVE_SECONDS = 240  # between two writings of last.pt: what kill -9 or a power cut costs at most
+
+
+@dataclass
+class Run:
+    """What a training carries along: where it writes, what it is, what it learns from, what it has learned."""
+    folder: Path
+    config: dict
+    data: dict                    # of load_data: embeddings, captions, splits
+    images: torch.Tensor          # uint8 (N, 3, S, S)
+    device: torch.device
+    dtype: torch.dtype            # of matrix products and convolutions
+    models: dict                  # {"vae", "prior"}: the networks that sample
+    history: dict                 # {stage: [the figures of each validation]}
+    resumed: dict | None = None   # what last.pt says of the stage in which a resumed run was stopped
 
 
 def learning_rate(step, total, peak):
@@ -483,406 +551,457 @@ def learning_rate(step, total, peak):
     return peak * min(1, (step + 1) / WARM_UP, (total - step) / (0.5 * total))
 
 
-def follow(mean, network, step):
-    """Move a running mean of the weights towards the weights: slowly, but quickly at first.
-
-    The mean is what samples: it has less noise than any single step's weights (Polyak & Juditsky 1992).
-    """
-    with torch.no_grad():
-        for averaged, weight in zip(mean.parameters(), network.parameters()):
-            averaged.lerp_(weight, max(0.001, 9 / (step + 9)))  # 0.001: the mean of some thousand steps
-        for kept, buffer in zip(mean.buffers(), network.buffers()):
-            kept.copy_(buffer)
-
-
-def vae_part(vae, images, data, config, device, dtype):
-    """What fit needs to train the VAE."""
-    objective, rows = OBJECTIVES[config["objective"]], rows_of(data, TRAINING)
-    with autocast(device, dtype):
-        some = rows[:config["batch"]]
-        example = take(images, some, device), *draw_condition(data, some, device)
-        forward = compiled(vae, example, device.type == "cuda" and config["compile"])  # a CPU gains nothing
-
-    def loss(rows, step, total):
-        x = take(images, rows, device)                                                  # (n, 3, S, S)
-        if config["flip"]:  # a mirrored photograph is another photograph
-            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-        with autocast(device, dtype):
-            picture, kl = forward(x, *draw_condition(data, rows, device))
-        mse = F.mse_loss(picture.detach(), x) + QUANTISATION
-        vae.variance.lerp_(mse, max(0.01, 1 / (step + 1)))  # a running mean over the last hundred steps
-        # the KL fades in over the first eighth: a code must say something before it is taxed
-        return objective(picture, x, kl, min(1, 8 * step / total))
-
-    x = take(images, rows[:512], device)
-    grey = x.mean((0, 2, 3), keepdim=True).expand_as(x)  # the best that can be said without looking
-    unseen = rows_of(data, VALIDATION)
-
-    @torch.no_grad()
-    def examine(mean):
-        some = unseen[:256]
-        x = take(images, some, device)
-        picture, _ = mean(x, data["image_embeddings"][some], PICTURE)
-        for network in vae, mean:
-            network.gain.copy_(detail_gain(picture, x))
-        return measure_vae(mean, images, data, unseen, device, objective)
-
-    return SimpleNamespace(
-        name="vae", network=vae, rows=rows, batch=config["batch"], epochs=config["epochs"], rate=config["lr"],
-        option="--lr", loss=loss, ignorance=objective(grey, x, torch.zeros(len(x), device=device)).item(),
-        examine=examine,
-        draw=lambda path, mean: save_reconstructions(path, mean, images, data, unseen[:8], device))
+def take_step(networks, optimizer, scaler, loss, rate):
+    """One step of the optimizer against the gradient of the loss, at this learning rate."""
+    scaler.scale(loss).backward()   # the scaler does nothing unless we compute in float16
+    average_gradients(networks)     # over all processes; a single one keeps its own
+    scaler.unscale_(optimizer)
+    for network in networks.values():
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)  # one odd batch can't throw it off
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    scaler.step(optimizer)          # skipped where a float16 gradient overflowed: no harm, no NaN
+    scaler.update()
+    optimizer.zero_grad()
 
 
 @torch.no_grad()
-def measure_vae(vae, images, data, rows, device, objective=elbo_loss):
+def update_ema(ema, network, step):
+    """Move the exponential moving average of the weights towards the weights: slowly, but quickly at first.
+
+    The average is what samples: it has less noise than any single step's weights (Polyak & Juditsky 1992).
+    """
+    rate = max(0.001, 9 / (step + 9))  # 0.001: an average over some thousand steps
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), rate)
+    for average, buffer in zip(ema.buffers(), network.buffers()):
+        average.copy_(buffer)
+
+
+def fit(run, stage, networks, loss, validate, draw):
+    """The training loop of all three stages; writes best.pt, last.pt, loss.png and epoch.png.
+
+    networks: an nn.ModuleDict; the averages of its "vae" and "prior" go into run.models. loss(index, progress):
+    of photographs (n,), after this share of the steps. validate(): a dict of figures; best.pt keeps the lowest
+    "loss", or the last where there is none. draw(path): a picture. Raises UserError when the loss is no number
+    or the training diverges, KeyboardInterrupt, after saving, on Ctrl-C and SIGTERM.
+    """
+    train, (rank, world) = indices(run.data, TRAIN), processes()
+    epochs, batch, peak = (run.config[name if stage == "vae" else f"{stage}_{name}"]
+                           for name in ("epochs", "batch", "lr"))
+    batch = max(1, min(batch, len(train)) // world) * world  # few photographs still train
+    epoch_steps = len(train) // batch                        # the rest has its turn after another shuffle
+    total, period = epochs * epoch_steps, math.ceil(epochs / 30) * epoch_steps  # at most thirty validations
+    ema = deepcopy(networks).requires_grad_(False).eval()
+    run.models |= {name: network for name, network in ema.items() if name in run.models}
+    # AdamW gives each weight a step of its own size (arXiv 1711.05101). Two players should forget sooner
+    optimizer = torch.optim.AdamW([p for p in networks.parameters() if p.requires_grad], fused=True,
+                                  betas=(0.5 if stage == "decoder" else 0.9, 0.99))
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    state = {"networks": networks, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    losses, first = restore(run, stage, state)
+    saved = drawn = began = time.monotonic()
+    with defer_signals() as stop, tqdm(desc=stage, total=total * batch, initial=first * batch, unit="img",
+                                       leave=False) as bar:
+        for step in range(first, total):
+            epoch, place = divmod(step, epoch_steps)
+            if place == 0 or step == first:
+                order = shuffled(train, run.config["seed"] * 1000 + epoch)
+            torch.manual_seed(run.config["seed"] * 1_000_003 + step * world + rank)
+            value = loss(order[place * batch:][:batch][rank::world], step / total)
+            take_step(networks, optimizer, scaler, value, learning_rate(step, total, peak))
+            update_ema(ema, networks, step + 1)
+            losses.append(value.detach())
+            bar.update(batch)
+            done, now, stopped = step + 1, time.monotonic(), any_process(stop, run.device)
+            validating = done % period == 0 or done == total
+            saving = done == total or stopped or now - saved > SAVE_SECONDS
+            if done % 20 == 0 or validating or saving:  # not every step: reading a number waits for the device
+                bar.set_postfix(loss=f"{check_loss(losses[-1].item(), run, stage):.3f}")
+            if validating:
+                figures = {"step": done, "epoch": epoch + 1, "train_loss": torch.stack(losses).mean().item()} | validate()
+                losses.clear()
+                report(run, stage, figures, speed=(done - first) * batch / (now - began))
+            if validating and (done == total or now - drawn > 120):  # pictures take a second or two
+                save_curves(run.folder / "loss.png", run.history)
+                draw(run.folder / "epoch.png")
+                drawn = now
+            if saving:
+                save_last(run, stage, state, losses, done, finished=done == total)
+                saved = now
+            if stopped:
+                raise KeyboardInterrupt(f"Stopped at step {done} of {total} of the {stage}; nothing is lost. Go "
+                                        f"on with: python cvae.py train --resume --run {run.folder}")
+
+
+def train_vae(run):
+    """Stage 1: encoder and decoder learn to lower minus the ELBO."""
+    objective, val = OBJECTIVES[run.config["objective"]], indices(run.data, VAL)
+    torch.manual_seed(run.config["seed"])
+    vae = make_vae(run.config)
+    vae.condition.learn_statistics(run.data, indices(run.data, TRAIN))
+    vae = vae.to(run.device, memory_format=torch.channels_last)
+    print(f"{run.folder}: the VAE, {count_parameters(vae):,} parameters")
+    forward, x = compiled(vae, run), get_images(run.images, val, run.device)
+    grey = x.mean((0, 2, 3), keepdim=True).expand_as(x)  # the best that can be said without looking
+    vae.variance.copy_(F.mse_loss(grey, x))
+    baseline_loss = objective(grey, x, torch.zeros(len(x), device=run.device)).item()
+
+    def loss(index, progress):
+        x = mirror_half(get_images(run.images, index, run.device), run.config["flip"])  # (n, 3, S, S)
+        with autocast(run.device, run.dtype):
+            x_hat, kl = forward(x, *sample_condition(run.data, index))
+        mse = mean_over_processes(F.mse_loss(x_hat.detach(), x))
+        vae.variance.lerp_(mse + QUANTISATION, 0.02)  # a running mean over the last fifty steps
+        # the KL fades in over the first eighth: a latent must say something before that has a price
+        return objective(x_hat, x, kl, min(1, 8 * progress))
+
+    def validate():
+        return measure_vae(run.models["vae"], run.images, run.data, val, objective)
+
+    run.history.setdefault("vae", [{"step": 0, "epoch": 0, "loss": baseline_loss}])
+    fit(run, "vae", nn.ModuleDict({"vae": vae}), loss, validate,
+        lambda path: save_reconstructions(path, run.models["vae"], run.images, run.data, val[:8]))
+
+
+@torch.no_grad()
+def measure_vae(vae, images, data, index, objective=elbo_loss):
     """Figures on photographs that were not trained on: dict with loss, bpd, kl (nats) and psnr (dB).
 
     The Gaussian's variance is the one of training, not one fitted to the pictures that are measured.
     """
-    vae.eval()
     torch.manual_seed(0)  # the same noise at every call
-    total = torch.zeros(4, device=device)
-    for some in rows.split(64):
-        x = take(images, some, device)
-        picture, kl = vae(x, data["image_embeddings"][some], PICTURE)
-        total += len(x) / len(rows) * torch.stack([
-            objective(picture, x, kl, variance=vae.variance),
-            elbo_loss(picture, x, kl, variance=vae.variance), kl.mean(), F.mse_loss(picture, x)])
+    total = torch.zeros(4, device=index.device)
+    for batch in index.split(64):
+        x = get_images(images, batch, index.device)
+        x_hat, kl = vae(x, data["image_embeddings"][batch], IMAGE)
+        total += len(x) / len(index) * torch.stack([
+            objective(x_hat, x, kl, variance=vae.variance),
+            elbo_loss(x_hat, x, kl, variance=vae.variance), kl.mean(), F.mse_loss(x_hat, x)])
     loss, bpd, kl, mse = total.tolist()
     return {"loss": loss, "bpd": bpd, "kl": kl, "psnr": -10 * math.log10(mse)}
 
 
-def fit(part, run, config, models, history, device, dtype, saved=None):
-    """Train one network: the loop that both parts share. Writes best.pt, last.pt, loss.png and epoch.png.
+# Try it: what is the VAE alone worth? Train it for a minute, and look at loss.png and epoch.png of the new run.
+#     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --no-flip
 
-    `part` comes from vae_part or prior_part; `saved` is what last.pt says about it when a run is resumed.
-    The running mean of the weights ends up in models[part.name]. Raises Stop when the loss becomes NaN or
-    worse than ignorance, KeyboardInterrupt (after saving) on Ctrl-C.
-    """
-    network, batch = part.network, min(part.batch, len(part.rows))  # few photographs still train
-    epoch_steps = len(part.rows) // batch  # what is left over has its turn after another shuffle
-    total = part.epochs * epoch_steps
-    models[part.name] = mean = deepcopy(network).requires_grad_(False).eval()
-    # AdamW gives each weight a step of its own size (arXiv 1711.05101), by a memory of some hundred steps
-    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    learners = {"network": network, "mean": mean, "optimizer": optimizer, "scaler": scaler}
-    state = {"part": part.name, "step": 0, "running": 0.0, "best": math.inf}
-    if saved:
-        state = {name: saved[name] for name in state}
-        for name, learner in learners.items():
-            learner.load_state_dict(saved[name])
-    drawn = time.monotonic()
+# %% 6. The decoder's second lesson -------------------------------------------------------------------
+# A latent stands for many pictures: it says "fur here", not where each hair lies. Asked for the smallest squared
+# error, the decoder answers with the mean of them all, and a mean of hairs is a smear. No likelihood that judges
+# pixel by pixel asks for more. So after stage 1 a critic joins: a small network that looks at patches, learns to
+# tell those of photographs from decoded ones, and so finds out what is missing (Larsen et al. 2016, arXiv
+# 1512.09300; Esser et al. 2021, arXiv 2012.09841; it is how Stable Diffusion's decoder was trained).
+#
+#     critic:   max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))          photographs above 1, others below -1
+#     decoder:  MSE / (2 variance) - w critic(x_hat)                       stay near x, and please the critic
+#
+# The first is the hinge loss (arXiv 1705.02894): who is right by a margin learns no more, so neither player runs
+# away. Spectral norm (Miyato et al. 2018, arXiv 1802.05957) keeps the critic's slope at most one, so it can't ask
+# for infinitely small changes. The likelihood stays: the decoder still answers for every pixel.
+#
+# The encoder is frozen. The latents stay where the ELBO put them; a critic could not ask anything of them, since
+# it never sees them, and an encoder that served it would hide texture in the latents at the likelihood's cost.
 
-    def save_last():
-        state["running"] = float(state["running"])
-        weights = {name: learner.state_dict() for name, learner in learners.items()}
-        save_checkpoint(run / "last.pt", config, models, history, state | weights)
-
-    save_last()
-    with noted_interrupts() as interrupted:
-        while state["step"] < total:
-            epoch, began, first = state["step"] // epoch_steps + 1, time.perf_counter(), state["step"]
-            mean_loss = train_epoch(part, state, total, batch, config["seed"], mean, optimizer, scaler,
-                                    interrupted)
-            speed = (state["step"] - first) * batch / (time.perf_counter() - began)
-            if state["step"] % epoch_steps == 0:  # the epoch is complete
-                figures = part.examine(mean)
-                learned = state["step"] - epoch_steps > 2 * WARM_UP  # it had time to
-                must_be_sane(mean_loss, part, run, part.ignorance if learned else math.inf)
-                must_be_sane(figures["loss"], part, run)
-                history[part.name].append({"train_loss": mean_loss, **figures})
-                state["running"] = 0.0
-                if figures["loss"] < state["best"]:
-                    state["best"] = figures["loss"]
-                    save_checkpoint(run / "best.pt", config, models, history)
-                measured = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-                print(f"{part.name}, epoch {epoch}/{part.epochs}: training loss {mean_loss:.3f}, validation "
-                      f"{measured}; {speed:.0f} images/s")
-                if time.monotonic() - drawn > 120 or epoch == part.epochs:  # pictures take a second or two
-                    save_curves(run / "loss.png", history)
-                    part.draw(run / "epoch.png", mean)
-                    drawn = time.monotonic()
-            save_last()
-            if interrupted and epochs_left(config, history):
-                raise KeyboardInterrupt(f"Stopped at step {state['step']} of {total}, nothing is lost. Go on "
-                                        f"with: python cvae.py train --resume --run {run}")
+CRITIC_WEIGHT = 0.05
 
 
-def train_epoch(part, state, total, batch, seed, mean, optimizer, scaler, interrupted):
-    """Train to the end of an epoch, or to Ctrl-C; return the epoch's mean loss so far."""
-    epoch_steps = len(part.rows) // batch
-    epoch, offset = divmod(state["step"], epoch_steps)
-    shuffle = torch.Generator().manual_seed(seed * 1000 + epoch)
-    order = part.rows[torch.randperm(len(part.rows), generator=shuffle)]
-    part.network.train()
-    with tqdm(total=epoch_steps * batch, initial=offset * batch, unit="img", leave=False,
-              desc=f"{part.name}, epoch {epoch + 1}/{part.epochs}") as bar:
-        while offset < epoch_steps and not interrupted:
-            step = state["step"]
-            torch.manual_seed(seed * 1_000_003 + step)
-            loss = part.loss(order[offset * batch:][:batch], step, total)
-            scaler.scale(loss).backward()  # scaler does nothing unless we compute in float16
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(part.network.parameters(), 1.0)  # one odd batch can't throw it off
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, part.rate)
-            scaler.step(optimizer)         # skipped where a float16 gradient overflowed: no harm, no NaN
-            scaler.update()
-            optimizer.zero_grad()
-            follow(mean, part.network, step + 1)
-            state["running"] = state["running"] + loss.detach()
-            state["step"], offset = step + 1, offset + 1
-            bar.update(batch)
-            if offset % 20 == 0 or offset == epoch_steps or interrupted:
-                mean_loss = float(state["running"]) / offset  # waits for the device
-                must_be_sane(mean_loss, part)
-                bar.set_postfix(loss=f"{mean_loss:.3f}")
-    return float(state["running"]) / offset
+def make_critic():
+    """A critic of patches: pictures (N, 3, S, S) -> opinions (N, 1, S/8, S/8), each of some 40x40 pixels."""
+    def conv(channels_in, channels, kernel, stride):
+        return nn.utils.parametrizations.spectral_norm(nn.Conv2d(channels_in, channels, kernel, stride, padding=1))
+
+    return nn.Sequential(conv(3, 48, 4, 2), nn.LeakyReLU(0.2), conv(48, 96, 4, 2), nn.LeakyReLU(0.2),
+                         conv(96, 128, 4, 2), nn.LeakyReLU(0.2), conv(128, 128, 3, 1), nn.LeakyReLU(0.2),
+                         conv(128, 1, 3, 1))
 
 
-# %% 6. The prior -----------------------------------------------------------------------------------
+def train_decoder(run):
+    """Stage 2: the decoder learns on, against a critic; the encoder is frozen."""
+    vae, val = deepcopy(run.models["vae"]).requires_grad_(True), indices(run.data, VAL)
+    for part in vae.encoder, vae.to_moments, vae.skip_in, vae.condition:
+        part.requires_grad_(False)
+    torch.manual_seed(run.config["seed"])
+    critic = make_critic().to(run.device, memory_format=torch.channels_last)
+    print(f"{run.folder}: the decoder's second lesson, by a critic of {count_parameters(critic):,} parameters")
+    forward, psnr = compiled(vae, run), measure_vae(vae.eval(), run.images, run.data, val)["psnr"]
+
+    def loss(index, progress):
+        x = mirror_half(get_images(run.images, index, run.device), run.config["flip"])  # (n, 3, S, S)
+        with autocast(run.device, run.dtype):
+            x_hat, _ = forward(x, *sample_condition(run.data, index))
+            critic.requires_grad_(False)  # the decoder's move: how to please the critic as it is
+            pleased = critic(x_hat).float().mean()
+            critic.requires_grad_(True)   # the critic's move: how to tell the two apart
+            real, decoded = critic(x).float(), critic(x_hat.detach()).float()
+        decoder_loss = F.mse_loss(x_hat, x) / (2 * vae.variance) - CRITIC_WEIGHT * min(1, 8 * progress) * pleased
+        return decoder_loss + F.relu(1 - real).mean() + F.relu(1 + decoded).mean()
+
+    def validate():  # without a "loss", as two players have none in common
+        figures = measure_vae(run.models["vae"], run.images, run.data, val)
+        if figures["psnr"] < psnr - 3:
+            raise UserError(f"The critic pulled the decoder away from the photographs: PSNR {figures['psnr']:.1f} dB "
+                            f"after {psnr:.1f}. Start anew with a lower --decoder-lr, or --decoder-epochs 0.")
+        return {name: figures[name] for name in ("bpd", "psnr")}
+
+    run.history.setdefault("decoder", [{"step": 0, "epoch": 0}])
+    fit(run, "decoder", nn.ModuleDict({"vae": vae, "critic": critic}), loss, validate,
+        lambda path: save_reconstructions(path, run.models["vae"], run.images, run.data, val[:8]))
+
+
+# Try it: what did the critic change? The same VAE without the second lesson, beside it.
+#     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --decoder-epochs 0 --no-flip
+
+# %% 7. The prior -----------------------------------------------------------------------------------
 # The VAE is trained; now draw z from N(0, I) and decode it: fog. Why? Training pulls each q(z | x, c) towards
-# N(0, I), one picture at a time, and stops where the picture would suffer. Nothing makes the codes of all
+# N(0, I), one picture at a time, and stops where the picture would suffer. Nothing makes the latents of all
 # photographs together, the aggregated posterior, look like N(0, I). In it neighbouring cells agree (sky
-# beside sky), and it depends on c. N(0, I) knows neither, so its draws are codes that no picture ever had.
-# (train draws both as prior.png.) The cure is to learn the distribution of the codes: p(z | c).
+# beside sky), and it depends on c. N(0, I) knows neither, so its draws are latents that no picture ever had.
+# (train draws both as prior.png.) The cure is to learn the distribution of the latents: p(z | c).
 #
-# Flow matching (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003) learns it by
-# regression. Join a code z and a noise e by a straight line, and walk along it with time t:
+# Flow matching (Lipman et al. 2023, arXiv 2210.02747 [3]; Liu et al. 2023, arXiv 2209.03003) learns it by
+# regression. Join a latent z and noise by a straight line, and walk along it with time t:
 #
-#     z_t = (1 - t) z + t e          t = 0: a code, t = 1: noise          velocity  dz_t / dt = e - z
+#     z_t = (1 - t) z + t noise        t = 0: a latent, t = 1: noise        velocity  dz_t / dt = noise - z
 #
-# A network sees z_t, t and c, and guesses the velocity. Many lines cross at z_t, so the best guess is the
-# mean of their velocities, and a theorem says: whoever starts at pure noise and follows these means back
-# to t = 0 ends in a draw from p(z | c). That is all of sampling.
+# A network sees z_t, t and c, and predicts the velocity. Many lines cross at z_t, so the best prediction is the
+# mean of their velocities, and a theorem says: whoever starts at noise and follows these means back to t = 0
+# ends in a draw from p(z | c). That is all of sampling.
+#
+# Why is this mean no blur, when the decoder's mean was one? The decoder answers once, for all pictures that fit.
+# Here a mean decides only the next small step. After it z_t is elsewhere, fewer latents are still possible, and
+# the next mean is over those; at the end one is left. The noise at the start decided which.
 #
 # The network is a small transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748): each 2x2 patch of the grid
-# is a token (cells would be four times the work), and by attention all patches agree. A flat code is one.
+# is a token (cells would be four times the work), and by attention all patches agree. A flat latent is one.
 
-TIME = 64  # numbers that describe the time t
-HEAD = 64  # width of an attention head
-DEPTH = 6  # transformer blocks
+TIME_DIM = 64  # numbers that describe the time t
+HEAD_DIM = 64  # width of an attention head
 
 
 class Block(nn.Module):
-    """A transformer block that time and condition steer (adaLN-zero, from DiT).
+    """A transformer block whose norms are set by time and condition (adaLN-zero, from DiT).
 
-    Tokens (N, T, W) and a steering vector (N, W) -> tokens (N, T, W). The vector says for attention and for
-    the dense half how to shift and scale what goes in, and how much of what comes out to add: at first none.
+    Tokens (N, T, W) and cond (N, W) -> tokens (N, T, W). From cond come, for attention and for the MLP, a shift
+    and a scale of the input and a gate on the output. The gates begin at zero: a new block changes nothing.
     """
 
     def __init__(self, width):
         super().__init__()
         self.width = width
-        self.steer = nn.Linear(width, 6 * width)
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.from_heads = nn.Linear(width, width)
-        hidden = 64 * round(width / 24)  # two thirds of 4 W, in 64s: SwiGLU has three matrices, not two
-        self.widen = nn.Linear(width, 2 * hidden)
-        self.narrow = nn.Linear(hidden, width)
-        nn.init.zeros_(self.steer.weight)
-        nn.init.zeros_(self.steer.bias)
+        self.adaln = nn.Linear(width, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+        nn.init.zeros_(self.adaln.weight)
+        nn.init.zeros_(self.adaln.bias)
 
-    def forward(self, h, steering):
-        shift_a, scale_a, gate_a, shift_d, scale_d, gate_d = self.steer(steering)[:, None].chunk(6, dim=2)
+    def forward(self, h, cond):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaln(cond)[:, None].chunk(6, dim=2)
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_a) + shift_a               # (N, T, W)
-        q, k, v = self.to_qkv(normed).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)  # (N, heads, T, 64)
+        q, k, v = self.qkv(normed).unflatten(2, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # (N, heads, T, 64)
         mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / 8) v: each token asks all others
-        h = h + gate_a * self.from_heads(mixed.transpose(1, 2).flatten(2))
-        normed = F.layer_norm(h, (self.width,)) * (1 + scale_d) + shift_d
-        what, how_much = self.widen(normed).chunk(2, dim=2)  # SwiGLU (arXiv 2002.05202): (N, T, hidden) each
-        return h + gate_d * self.narrow(what * F.silu(how_much))
+        h = h + gate_a * self.out_proj(mixed.transpose(1, 2).flatten(2))
+        normed = F.layer_norm(h, (self.width,)) * (1 + scale_m) + shift_m
+        return h + gate_m * self.mlp_out(F.gelu(self.mlp_in(normed)))
 
 
 class Flow(nn.Module):
-    """The velocity network. shape: (C, s, s) of a code; width: W of the transformer; detour: see forward."""
+    """The velocity network. shape: (C, G, G) of a latent; condition_dim: E; width: W; depth: blocks."""
 
-    def __init__(self, shape, condition_dim, width, detour=False):
+    def __init__(self, shape, condition_dim, width, depth=6):
         super().__init__()
         channels, side, _ = shape
-        self.shape, self.width, self.detour = shape, width, detour
-        self.patch = 2 if side > 1 else 1
-        numbers = channels * self.patch**2                       # in one token
+        self.shape, self.width, self.patch = shape, width, 2 if side > 1 else 1
+        token_dim = channels * self.patch**2
         self.condition = Condition(condition_dim, width)
-        self.time = nn.Sequential(nn.Linear(TIME, width), nn.SiLU(), nn.Linear(width, width))
-        self.to_tokens = nn.Linear(numbers, width)
-        self.position = nn.Parameter(0.02 * torch.randn((side // self.patch) ** 2, width))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(DEPTH))
-        self.guess = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, condition_dim))
-        self.steer = nn.Linear(width, 2 * width)
-        self.to_velocity = nn.Linear(width, numbers)
-        for layer in (self.steer, self.to_velocity):
+        self.time = nn.Sequential(nn.Linear(TIME_DIM, width), nn.SiLU(), nn.Linear(width, width))
+        self.patch_embed = nn.Linear(token_dim, width)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn((side // self.patch) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.adaln = nn.Linear(width, 2 * width)
+        self.to_velocity = nn.Linear(width, token_dim)
+        for layer in (self.adaln, self.to_velocity):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        # where the codes lie: the flow works on codes of mean 0 and variance 1 in each channel, as noise has,
-        # so that the middle of the way is a fair mixture of the two
-        self.register_buffer("center", torch.zeros(channels, 1, 1))
-        self.register_buffer("scale", torch.ones(channels, 1, 1))
+        # the flow works on latents of mean 0 and variance 1 in each channel, as noise has, so that the middle
+        # of the way is a fair mixture of the two
+        self.register_buffer("latent_mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(channels, 1, 1))
 
-    def forward(self, z, t, embedding, kind):
-        """Noisy codes (N, C, s, s), times (N,), conditions -> velocities, a guess of the picture (N, D)."""
-        h = F.pixel_unshuffle(z, self.patch)                                            # (N, 4C, s/2, s/2)
+    def forward(self, z, t, embedding, modality):
+        """Noisy latents (N, C, G, G), times (N,), conditions -> velocities (N, C, G, G)."""
+        h = F.pixel_unshuffle(z, self.patch)                                            # (N, 4C, G/2, G/2)
         grid = h.shape[2:]
-        h = self.to_tokens(h.flatten(2).transpose(1, 2)) + self.position                # (N, T, W)
-        # t as waves, fast to slow, as if it were a position in a text, from 0 to 1000 (arXiv 1706.03762)
-        speed = torch.exp(-math.log(10000) * torch.linspace(0, 1, TIME // 2, device=t.device))
-        waves = 1000 * t[:, None] * speed
+        h = self.patch_embed(h.flatten(2).transpose(1, 2)) + self.pos_embed             # (N, T, W)
+        # t as waves, fast to slow, as if it were a position in a text from 0 to 1000 (arXiv 1706.03762): with
+        # the number alone a network could hardly treat 0.01 and 0.05 differently
+        frequencies = torch.exp(-math.log(10000) * torch.linspace(0, 1, TIME_DIM // 2, device=t.device))
+        waves = 1000 * t[:, None] * frequencies
         time = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))                  # (N, W)
-        steering = F.silu(time + self.condition(embedding, kind))                       # (N, W)
-        detour = self.detour and self.training
-        for number, block in enumerate(self.blocks):
-            if detour and number == 1:
-                # half of the tokens, others each time, go around the middle blocks (TREAD, arXiv 2501.04765),
-                # a third faster. In sampling all of them go through all blocks, and photographs don't mind
-                shuffled = torch.rand(h.shape[:2], device=h.device).argsort(1)          # (N, T)
-                some = shuffled[:, ::2, None].expand(-1, -1, self.width)                # (N, T / 2, W)
-                everyone, h = h, h.gather(1, some)
-            if detour and number == DEPTH - 1:
-                h = everyone.scatter(1, some, h)                                        # (N, T, W)
-            h = block(h, steering)
-            if number == DEPTH // 2 - 1:  # half-way: what will CLIP say of the picture? See flow_loss
-                guess = self.guess(h.mean(1))                                           # (N, D)
-        shift, scale = self.steer(steering)[:, None].chunk(2, dim=2)
+        cond = F.silu(time + self.condition(embedding, modality))                       # (N, W)
+        for block in self.blocks:
+            h = block(h, cond)
+        shift, scale = self.adaln(cond)[:, None].chunk(2, dim=2)
         h = self.to_velocity(F.layer_norm(h, (self.width,)) * (1 + scale) + shift)      # (N, T, 4C)
-        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch), guess  # (N, C, s, s) again
+        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch)        # (N, C, G, G) again
 
 
-def flow_loss(flow, z, embedding, kind, picture=None, hint=0.0, drop=0.1):
-    """Mean squared error of the guessed velocities of standardised codes z (n, C, s, s): a scalar.
+def flow_loss(flow, z, embedding, modality, p_uncond=0.1):
+    """Mean squared error of the predicted velocities of standardised latents z (n, C, G, G): a scalar.
 
-    Three details. Times are logit-normal: the middle of the way, where the guess is hardest, is visited most
-    (Esser et al. 2024, arXiv 2403.03206). A tenth of the conditions is dropped, so that the network also
-    learns pictures in general; guidance needs that. And the lower half guesses the picture's own embedding
-    (n, D), with the weight `hint`: told by CLIP what it shows, it learns sooner (REPA, arXiv 2410.06940).
+    Times are logit-normal: the middle of the way, where prediction is hardest, is visited most (Esser et al.
+    2024, arXiv 2403.03206). A tenth of the conditions is dropped, so that the network also learns latents in
+    general. Guidance needs that: asked with NULL, a network that never saw it would answer anything.
     """
     t = torch.sigmoid(torch.randn(len(z), 1, 1, 1, device=z.device))                    # (n, 1, 1, 1)
     noise = torch.randn_like(z)
-    kind = torch.where(torch.rand(len(z), device=z.device) < drop, NOTHING, kind)
-    velocity, guess = flow((1 - t) * z + t * noise, t.flatten(), embedding, kind)
-    loss = F.mse_loss(velocity.float(), noise - z)
-    return loss + hint * (1 - F.cosine_similarity(guess.float(), picture).mean()) if hint else loss
-
-
-def prior_part(vae, images, data, config, device, dtype, models):
-    """What fit needs to train the prior on the codes of a trained VAE."""
-    everyone = torch.arange(len(images), device=device)
-    mu, sigma = encode_photographs(vae, images, data, everyone, device, config["flip"])  # once
-    rows = rows_of(data, TRAINING)
-    torch.manual_seed(config["seed"])
-    flow = Flow(vae.shape, config["condition_dim"], config["prior_width"], config["detour"]).to(device)
-    some = rows[:3000]  # enough for statistics, and no second copy of everything
-    flow.condition.learn_statistics(data, some)
-    m, s = mu[some].float(), sigma[some].float()
-    flow.center.copy_(m.mean((0, 1, 3, 4))[:, None, None])
-    # the variance of all codes is that of their means plus the mean of their variances
-    flow.scale.copy_((m.var((0, 1, 3, 4)) + (s**2).mean((0, 1, 3, 4))).sqrt()[:, None, None])
-
-    def draw_code(rows):  # anew at every visit: the prior learns where q puts a picture, not one point of it
-        version = torch.randint(mu.shape[1], (len(rows),), device=device)  # mirrored or not
-        m, s = mu[rows, version].float(), sigma[rows, version].float()                  # (n, C, s, s)
-        return (m + s * torch.randn_like(m) - flow.center) / flow.scale
-
-    with autocast(device, dtype):
-        example = draw_code(rows[:64]), torch.rand(len(rows[:64]), device=device)
-        forward = compiled(flow, (*example, *draw_condition(data, rows[:64], device)), config["compile"])
-
-    def loss(rows, step, total):
-        picture = flow.condition.standardise(data["image_embeddings"][rows], PICTURE)   # (n, D)
-        hint = 0.5 * (1 - step / total)  # fades out: in the end it is in the way (arXiv 2505.16792)
-        with autocast(device, dtype):
-            return flow_loss(forward, draw_code(rows), *draw_condition(data, rows, device), picture, hint)
-
-    unseen = rows_of(data, VALIDATION)
-
-    @torch.no_grad()
-    def examine(mean):
-        torch.manual_seed(0)
-        losses = [flow_loss(mean, draw_code(some), data["caption_embeddings"][some, 0], CAPTION, drop=0.0)
-                  for some in unseen.split(256)]
-        return {"loss": torch.stack(losses).mean().item()}
-
-    return SimpleNamespace(
-        name="prior", network=flow, rows=rows, batch=4 * config["batch"], epochs=config["prior_epochs"],
-        rate=config["prior_lr"], option="--prior-lr", loss=loss, examine=examine,
-        ignorance=2.5,  # who always guesses zero pays the mean of (e - z)², 1 + 1, and for the picture 0.5
-        draw=lambda path, mean: save_samples(path, models, images, data, unseen[:8], device))
+    modality = torch.where(torch.rand(len(z), device=z.device) < p_uncond, NULL, modality)
+    velocity = flow((1 - t) * z + t * noise, t.flatten(), embedding, modality)
+    return F.mse_loss(velocity.float(), noise - z)
 
 
 @torch.no_grad()
-def draw_codes(flow, noise, embedding, kind, guidance, steps):
-    """Follow the flow from noise (N, C, s, s) to codes: a list of steps + 1 tensors, the last one codes.
+def cache_latents(vae, images, data, index, flip=False):
+    """q(z | x, c) of photographs and their mirror images: mu, sigma (n, 1 or 2, C, G, G) in float16.
 
-    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) asks the network with the condition and
-    without it, and exaggerates the difference: 1 draws from p(z | c), more than 1 is surer and less varied.
+    Half the memory of float32: without it the latents of many photographs would fill more than their pixels.
     """
-    z, way, before = noise, [noise], None
-    times = torch.linspace(1, 0, steps + 1, device=noise.device)
-    for t, t_next in zip(times[:-1], times[1:]):
-        velocity, _ = flow(z, t.expand(len(z)), embedding, kind)
-        if guidance != 1:
-            without, _ = flow(z, t.expand(len(z)), embedding, NOTHING)
-            velocity = without + guidance * (velocity - without)
-        # A straight step (Euler's method) cuts every corner, and the pictures lose their contrast. So we also
-        # lean the way the velocity has been turning: the Adams-Bashforth method, of order two, no dearer.
-        ahead = velocity if before is None else 1.5 * velocity - 0.5 * before
-        z, before = z + (t_next - t) * ahead, velocity
-        way.append(z)
-    return [z * flow.scale + flow.center for z in way]
+    mu = torch.empty(len(index), 2 if flip else 1, *vae.shape, device=index.device, dtype=torch.float16)
+    sigma = torch.empty_like(mu)
+    places = torch.arange(len(index), device=index.device)
+    for place in tqdm(places.split(64), desc="encoding photographs", leave=False):
+        x = get_images(images, index[place], index.device)
+        for version, seen in enumerate([x, x.flip(3)] if flip else [x]):
+            mean, logvar = vae.encode(seen, data["image_embeddings"][index[place]], IMAGE)
+            mu[place, version], sigma[place, version] = mean.half(), torch.exp(0.5 * logvar).half()
+    return mu, sigma
 
 
-# %% 7. Sampling ------------------------------------------------------------------------------------
-# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a code
-# for it, the decoder draws the code. `sample --image` starts from CLIP's image encoder instead.
+def train_prior(run):
+    """Stage 3: the flow learns the latents of the trained VAE."""
+    data, train, val = run.data, indices(run.data, TRAIN), indices(run.data, VAL)
+    everyone = torch.arange(len(run.images), device=run.device)
+    mu, sigma = cache_latents(run.models["vae"], run.images, data, everyone, run.config["flip"])
+    torch.manual_seed(run.config["seed"])
+    flow = make_flow(run.config, run.models["vae"].shape).to(run.device)
+    part = train[:3000]  # enough for statistics, and no second copy of everything
+    flow.condition.learn_statistics(data, part)
+    m, s = mu[part].float(), sigma[part].float()
+    flow.latent_mean.copy_(m.mean((0, 1, 3, 4))[:, None, None])
+    # the variance of all latents is that of their means plus the mean of their variances
+    flow.latent_std.copy_((m.var((0, 1, 3, 4)) + (s**2).mean((0, 1, 3, 4))).sqrt()[:, None, None])
+    print(f"{run.folder}: the prior, {count_parameters(flow):,} parameters")
+    forward = compiled(flow, run)
+
+    def sample_posterior(index):  # anew at every visit: the prior learns where q puts a picture, not one point
+        version = torch.randint(mu.shape[1], (len(index),), device=run.device)  # mirrored or not
+        m, s = mu[index, version].float(), sigma[index, version].float()                # (n, C, G, G)
+        return (m + s * torch.randn_like(m) - flow.latent_mean) / flow.latent_std
+
+    def loss(index, progress):
+        with autocast(run.device, run.dtype):
+            return flow_loss(forward, sample_posterior(index), *sample_condition(data, index))
+
+    @torch.no_grad()
+    def validate():
+        torch.manual_seed(0)
+        losses = [flow_loss(run.models["prior"], sample_posterior(batch), data["caption_embeddings"][batch, 0],
+                            TEXT, p_uncond=0.0) for batch in val.split(256)]
+        return {"loss": torch.stack(losses).mean().item()}
+
+    # who always predicts zero has the loss (noise - z)², which is 1 + 1 on average
+    run.history.setdefault("prior", [{"step": 0, "epoch": 0, "loss": 2.0}])
+    fit(run, "prior", nn.ModuleDict({"prior": flow}), loss, validate,
+        lambda path: save_samples(path, run.models, run.images, data, val[:8]))
+
+
+# Try it: N(0, I) beside the flow, the same noise through the same decoder. The first is fog.
+#     python cvae.py sample "a sheep on green grass" --prior normal
+#     python cvae.py sample "a sheep on green grass"
+
+# %% 8. Sampling ------------------------------------------------------------------------------------
+# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a latent
+# for it, the decoder draws the latent. `sample --image` starts from CLIP's image encoder instead.
 # `--interpolate` keeps the noise and walks from one condition to another. `--rerank` lets CLIP choose.
+# Without a flow (`--prior normal`) the starting noise itself is the latent, a draw from N(0, I).
 
-GUIDANCE = 1.5  # chosen on the validation part, with sureness and variety both in view
+GUIDANCE = 1.5  # chosen on the validation split: what is asked for and variety both count
 STEPS = 16      # more change little
 
 
 @torch.no_grad()
-def generate(models, embedding, kind, noise, guidance=GUIDANCE, steps=STEPS):
-    """Draw pictures: embeddings (N, D) of one kind, noise (N, C, s, s) -> (N, 3, S, S) in [0, 1]."""
+def sample_flow(flow, noise, embedding, modality, guidance=GUIDANCE, steps=STEPS):
+    """Follow the flow from noise (N, C, G, G) to latents: the trajectory, steps + 1 tensors, the last one latents.
+
+    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) asks the network with the condition and
+    without it, and exaggerates the difference: 1 draws from p(z | c); more fits the prompt better and varies less.
+    """
+    z, trajectory, previous = noise, [noise], None
+    times = torch.linspace(1, 0, steps + 1, device=noise.device)
+    for t, t_next in zip(times[:-1], times[1:]):
+        velocity = flow(z, t.expand(len(z)), embedding, modality)
+        if guidance != 1:
+            unconditional = flow(z, t.expand(len(z)), embedding, NULL)
+            velocity = unconditional + guidance * (velocity - unconditional)
+        # A straight step (Euler's method) cuts every corner, and the pictures lose their contrast. So we also
+        # lean the way the velocity has been turning: the Adams-Bashforth method, of order two, no dearer.
+        ahead = velocity if previous is None else 1.5 * velocity - 0.5 * previous
+        z, previous = z + (t_next - t) * ahead, velocity
+        trajectory.append(z)
+    return [z * flow.latent_std + flow.latent_mean for z in trajectory]
+
+
+@torch.no_grad()
+def generate(models, embedding, modality, noise, guidance=GUIDANCE, steps=STEPS):
+    """Draw pictures: embeddings (N, E) of one modality, noise (N, C, G, G) -> (N, 3, S, S) in [0, 1]."""
     pictures = []
     for c, z in zip(embedding.split(64), noise.split(64)):  # few enough at a time for any memory
         if models["prior"]:
-            z = draw_codes(models["prior"], z, c, kind, guidance, steps)[-1]
-        pictures.append(sharpen(models["vae"].decode(z, c, kind), models["vae"].gain))
+            z = sample_flow(models["prior"], z, c, modality, guidance, steps)[-1]
+        pictures.append(models["vae"].decode(z, c, modality))
     return torch.cat(pictures)
 
 
 def slerp(a, b, steps):
-    """Points on the arc from a (D,) to b (D,): (steps, D). A chord would leave the sphere of embeddings."""
+    """Points on the arc from a (E,) to b (E,): (steps, E). A chord would leave the sphere of embeddings."""
     angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1)).clamp(min=1e-4)
     t = torch.linspace(0, 1, steps, device=a.device)[:, None]
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
 
-# %% 8. Evaluation ----------------------------------------------------------------------------------
-# A loss says how well pictures are stored, not how well prompts are answered. unCLIP asked people three
-# questions. We ask CLIP the same ones, and a fourth, always about the test part, which nothing else has seen:
+# Try it: guidance 1, 2, 4: the prompt is met more often, and the pictures grow alike; then 2 steps beside 16.
+#     python cvae.py sample "two cows in the snow" --guidance 1
+#     python cvae.py sample "two cows in the snow" --guidance 2
+#     python cvae.py sample "two cows in the snow" --guidance 4
+#     python cvae.py sample "two cows in the snow" --steps 2
+
+# %% 9. Evaluation ----------------------------------------------------------------------------------
+# A loss says how well pictures are stored, not how well prompts are answered. unCLIP (Ramesh et al. 2022, arXiv
+# 2204.06125) asked people three questions. We ask CLIP the same ones, and a fourth, always about the test split,
+# which nothing else has seen:
 #
 #     does the picture show the caption?   CLIP score, and R-precision: of 100 captions, is its own nearest?
 #     do samples of one caption differ?    mean distance between their CLIP embeddings
 #     do they look like photographs?       CMMD, a distance between two sets of embeddings
 #     are they copies?                     how far it is from a sample to the nearest training picture
 #
-# Real photographs answer the same questions beside them: a yardstick. And CLIP is a kind judge here, since
-# the model was trained on its embeddings. Look at the pictures, too.
+# Real photographs answer the same questions beside them: a yardstick. CLIP is a biased judge here, since the
+# model was trained on its embeddings. That is also why samples can beat photographs in R-precision: a sample
+# shows what CLIP read in the caption and nothing else, a photograph also what nobody mentioned. Look at the
+# pictures, too.
 
 
 def caption_match(images, own, texts):
-    """CLIP score, R-precision (arXiv 1711.10485) of embedded pictures (N, D) with captions texts[own]."""
+    """CLIP score, R-precision (arXiv 1711.10485) of embedded pictures (N, E) with captions texts[own]."""
     cosines = images @ texts.T                                                          # (N, captions)
-    share = 1 / own.bincount()[own]  # of its caption's vote: all captions count alike
-    score, right = cosines.gather(1, own[:, None])[:, 0], (cosines.argmax(1) == own).float()
-    mean_score, mean_right = ((share @ values / share.sum()).item() for values in (score, right))
-    return {"CLIP score": 100 * mean_score, "R-precision": mean_right}
+    weight = 1 / own.bincount()[own]  # all captions count alike, however many pictures one has
+    score, hit = cosines.gather(1, own[:, None])[:, 0], (cosines.argmax(1) == own).float()
+    mean_score, mean_hit = ((weight @ values / weight.sum()).item() for values in (score, hit))
+    return {"CLIP score": 100 * mean_score, "R-precision": mean_hit}
 
 
 def diversity(images, own):
-    """Mean cosine distance of embedded pictures (N, D) that share a caption; of all, where no two do."""
+    """Mean cosine distance of embedded pictures (N, E) that share a caption; of all, where no two do."""
     same = (own[:, None] == own).fill_diagonal_(False)                                  # (N, N)
     if not same.any():
         same = torch.ones_like(same).fill_diagonal_(False)
@@ -890,7 +1009,7 @@ def diversity(images, own):
 
 
 def cmmd(a, b):
-    """CMMD (Jayasumana et al. 2024, arXiv 2401.09603) of two sets of unit vectors (N, D), (M, D).
+    """CMMD (Jayasumana et al. 2024, arXiv 2401.09603) of two sets of unit vectors (N, E), (M, E).
 
     1000 · MMD² with the kernel exp(-|u - v|² / 2σ²), σ = 10: zero if and only if the distributions agree.
     """
@@ -901,48 +1020,52 @@ def cmmd(a, b):
     return 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)).item()
 
 
-def nearest(images, others):
-    """Distance from each unit vector (N, D) to the nearest of others (M, D), and which it is: (N,), (N,)."""
-    cosine, which = torch.cat([some @ others.T for some in images.split(256)]).max(1)
+def nearest_neighbour(images, others):
+    """Distance from each unit vector (N, E) to the nearest of others (M, E), and which it is: (N,), (N,)."""
+    cosine, which = torch.cat([batch @ others.T for batch in images.split(256)]).max(1)
     return 1 - cosine, which
 
 
-def answer_questions(images, own, texts, reference, training, asked=slice(None)):
-    """All four about embedded pictures (N, D), of which images[asked] have captions texts[own]: a dict."""
+def compute_metrics(images, own, texts, reference, training, asked=slice(None)):
+    """All four answers about embedded pictures (N, E), of which images[asked] have captions texts[own]: a dict."""
     return caption_match(images[asked], own, texts) | {
         "diversity": diversity(images[asked], own), "CMMD": cmmd(images, reference),
-        "nearest": nearest(images, training)[0].median().item()}
+        "nearest": nearest_neighbour(images, training)[0].median().item()}
 
 
 @torch.no_grad()
-def measure_samples(models, images, data, clip_model, guidances, steps, seed, device):
+def measure_samples(models, images, data, clip_model, guidances, steps, seed):
     """Ask all four questions about test photographs, and about samples for a hundred of their captions.
 
     Returns a table {row: figures} and, of the samples at the last guidance, the pictures, how far each is
     from the nearest training photograph, and which that is (a number of the data).
     """
-    test, training = rows_of(data, TEST), rows_of(data, TRAINING)
+    test, train = indices(data, TEST), indices(data, TRAIN)
     # photographs are judged at the model's own size, or their sharpness would be what sets them apart
-    real = encode_images(clip_model, take(images, test, device))                        # (M, D)
-    real_training = torch.cat([encode_images(clip_model, take(images, rows, device)) for rows in
-                               tqdm(training.split(256), desc="training photographs", leave=False)])
+    real = encode_images(clip_model, get_images(images, test, test.device))             # (M, E)
+    real_train = torch.cat([encode_images(clip_model, get_images(images, batch, test.device)) for batch in
+                            tqdm(train.split(256), desc="training photographs", leave=False)])
     # a hundred captions, one of a photograph (a second one would be no wrong answer), of the five in turn
-    captions = [data["captions"][row][place % CAPTIONS] for place, row in enumerate(test.tolist())]
+    captions = [data["captions"][number][place % CAPTIONS] for place, number in enumerate(test.tolist())]
     captions = list(dict.fromkeys(captions))[:100]                                      # no two are alike
-    texts = encode_texts(clip_model, captions)                                          # (100, D)
-    asked = [(place, captions.index(caption)) for place, row in enumerate(test.tolist())
-             for caption in dict.fromkeys(data["captions"][row]) if caption in captions]
-    place, own = torch.tensor(asked, device=device).T
-    table = {"photographs": answer_questions(real, own, texts, real_training, real_training, asked=place)}
-    own = torch.arange(len(texts), device=device).repeat_interleave(4)                  # four of each caption
+    texts = encode_texts(clip_model, captions)                                          # (100, E)
+    asked = [(place, captions.index(caption)) for place, number in enumerate(test.tolist())
+             for caption in dict.fromkeys(data["captions"][number]) if caption in captions]
+    place, own = torch.tensor(asked, device=test.device).T
+    table = {"photographs": compute_metrics(real, own, texts, real_train, real_train, asked=place)}
+    own = torch.arange(len(texts), device=test.device).repeat_interleave(4)             # four of each caption
     for guidance in guidances:
         torch.manual_seed(seed)
-        noise = torch.randn(len(own), *models["vae"].shape, device=device)
-        pictures = generate(models, texts[own], CAPTION, noise, guidance, steps)
+        noise = torch.randn(len(own), *models["vae"].shape, device=test.device)
+        pictures = generate(models, texts[own], TEXT, noise, guidance, steps)
         drawn = encode_images(clip_model, pictures)
-        table[f"samples, guidance {guidance:g}"] = answer_questions(drawn, own, texts, real, real_training)
-    distance, which = nearest(drawn, real_training)
-    return table, pictures, distance, training[which]
+        table[f"samples, guidance {guidance:g}"] = compute_metrics(drawn, own, texts, real, real_train)
+    distance, which = nearest_neighbour(drawn, real_train)
+    return table, pictures, distance, train[which]
+
+
+# Try it: an untrained prompt. What does R-precision say when guidance is off? (`nearest.png` shows copies, if any.)
+#     python cvae.py evaluate --guidance 1
 
 
 # %% Appendix A. A toy world --------------------------------------------------------------------------
@@ -1087,7 +1210,7 @@ def train_toy_clip(root, path, steps=400, batch=128):
     import clip
     from clip.model import CLIP
     photographs = read_captions(root / "annotations/captions_toy.json", SUBJECTS)
-    pixels = torch.stack([centre_square(decode(root / "toy" / p["file_name"], 48), 48)
+    pixels = torch.stack([centre_square(load_image(root / "toy" / p["file_name"], 48), 48)
                           for p in tqdm(photographs, desc="reading pastures", unit="img")])
     pixels = (pixels / 255 - CLIP_MEAN) / CLIP_STD                                      # (N, 3, 48, 48)
     texts = [caption for p in photographs for caption in p["captions"]]
@@ -1113,16 +1236,17 @@ def train_toy_clip(root, path, steps=400, batch=128):
 
 # %% Appendix B. Devices, files, downloads ------------------------------------------------------------
 
-def choose_device(wish=None):
-    """The device that was wished for, or the fastest that PyTorch sees."""
+def choose_device(request=None):
+    """The device that was asked for, or the fastest that PyTorch sees; under torchrun each process has its own."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [name for name in there if there[name]]
-    if wish and wish not in available:
-        raise Stop(f"PyTorch sees no {wish} device here; --device takes one of: {', '.join(available)}.")
-    return torch.device(wish or available[0])
+    if request and request not in available:
+        raise UserError(f"PyTorch sees no {request} device here; --device takes one of: {', '.join(available)}.")
+    name = request or available[0]
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
-def choose_precision(device, wish=None):
+def choose_precision(device, request=None):
     """The number format of convolutions and matrix products, by default the fastest that serves.
 
     bfloat16 has float32's range and needs no care. float16 is what an older card (Colab's T4) computes
@@ -1135,10 +1259,10 @@ def choose_precision(device, wish=None):
     capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
     if device.type == "cpu" and capable and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         possible = ["bfloat16", "float32", "float16"]  # it has the instructions, and PyTorch may use them
-    if wish and wish not in possible:
-        raise Stop(f"This {device.type} device can't compute in {wish}; --precision takes one of: "
-                   f"{', '.join(possible)}.")
-    return getattr(torch, wish or possible[0])
+    if request and request not in possible:
+        raise UserError(f"This {device.type} device can't compute in {request}; --precision takes one of: "
+                        f"{', '.join(possible)}.")
+    return getattr(torch, request or possible[0])
 
 
 def autocast(device, dtype):
@@ -1146,9 +1270,66 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def compiled(network, run):
+    """The network, compiled where that pays, on CUDA; what can't be compiled there runs as it is."""
+    if run.device.type != "cuda" or not run.config["compile"]:
+        return network
+    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(network)
+
+
+# Several processes: `torchrun --nproc_per_node N cvae.py train ...`. Each takes its share of every batch, and all
+# take the same step, by the mean of their gradients. The first one writes and prints.
+
+def processes():
+    """Which process this is, and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mean_over_processes(tensor):
+    """The mean of all processes' tensors, which have no gradient."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def average_gradients(networks):
+    """Replace all gradients by their means over the processes, in one message."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in networks.parameters() if p.grad is not None]
+        message = mean_over_processes(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(message, gradients)
+
+
+def any_process(stop, device):
+    """Whether any process was told to stop: all must leave the loop after the same step."""
+    if not dist.is_initialized():
+        return bool(stop)
+    return mean_over_processes(torch.tensor(float(bool(stop)), device=device)).item() > 0
+
+
+@contextlib.contextmanager
+def several_processes(device):
+    """Under torchrun, join the other processes; all but the first are silent."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        if dist.get_rank() > 0:
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+    dist.destroy_process_group()
+
+
 # Expected failures, and files that are never half written ------------------------------------------
 
-class Stop(Exception):
+class UserError(Exception):
     """An expected failure. Its text says what happened and what to do; main() prints just that."""
 
 
@@ -1175,17 +1356,17 @@ def atomic(path):
 
 
 def must_be_writable(folder, file=None):
-    """Try to write before the work, not after it. Raises Stop with the real reason."""
+    """Try to write before the work, not after it. Raises UserError with the real reason."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise Stop(f"Nothing can be written in {folder}: {error.strerror}.") from error
+        raise UserError(f"Nothing can be written in {folder}: {error.strerror}.") from error
     if file and file.is_dir():
-        raise Stop(f"{file} is a folder, not a file that could be written.")
+        raise UserError(f"{file} is a folder, not a file that could be written.")
 
 
-VERSIONS = {"data file": 2, "checkpoint": 7}  # of the two kinds of files that save writes and load reads
+VERSIONS = {"data file": 3, "checkpoint": 8}  # of the two kinds of files that save writes and load reads
 
 
 def save(content, path, kind):
@@ -1194,7 +1375,7 @@ def save(content, path, kind):
         with atomic(path) as temporary:
             torch.save({"kind": kind, "version": VERSIONS[kind], **content}, temporary)
     except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
-        raise Stop(f"{path} could not be written ({first_line(error)}). What was there before is "
+        raise UserError(f"{path} could not be written ({first_line(error)}). What was there before is "
                    "untouched; free some disk space and run the same command again.") from error
 
 
@@ -1211,14 +1392,14 @@ def load(path, kind):
                 raise ValueError(f"{damaged} has changed since it was written")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise Stop(f"There is no {kind} at {path}; make one first: {anew}") from None
+        raise UserError(f"There is no {kind} at {path}; make one first: {anew}") from None
     except Exception as error:  # torch reports damage with half a dozen exception types
-        raise Stop(f"{path} is no readable {kind}: damaged, cut short, or not written by this program "
+        raise UserError(f"{path} is no readable {kind}: damaged, cut short, or not written by this program "
                    f"({first_line(error)}).") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
-        raise Stop(f"{path} is not a {kind} of this program.")
+        raise UserError(f"{path} is not a {kind} of this program.")
     if content["version"] != VERSIONS[kind]:
-        raise Stop(f"{path} is a {kind} of version {content['version']}; this program reads version "
+        raise UserError(f"{path} is a {kind} of version {content['version']}; this program reads version "
                    f"{VERSIONS[kind]}. Make it anew: {anew}")
     return content
 
@@ -1238,12 +1419,12 @@ def read_records(path):
         content = json.loads(Path(path).read_bytes())
         listed = list(content["images"]), list(content["annotations"])
     except FileNotFoundError:
-        raise Stop(f"There is no captions file at {path}; see --coco and --split.") from None
+        raise UserError(f"There is no captions file at {path}; see --coco and --split.") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Stop(f"{path} is not a COCO captions file ({error!r:.200}).") from error
+        raise UserError(f"{path} is not a COCO captions file ({error!r:.200}).") from error
     fields = {field for record in listed[1] if isinstance(record, dict) for field in record}
     if "caption" not in fields and "category_id" in fields:
-        raise Stop(f"{path} holds COCO's instances (outlines), not captions; take captions_... beside it.")
+        raise UserError(f"{path} holds COCO's instances (outlines), not captions; take captions_... beside it.")
     images, annotations, total = [], [], len(listed[0]) + len(listed[1])
     unreadable = contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError)
     for record in listed[0]:
@@ -1257,16 +1438,16 @@ def read_records(path):
                 annotations.append({"image_id": as_id(record["image_id"]), "caption": caption})
     bad = total - len(images) - len(annotations)
     if bad > 0.05 * total:
-        raise Stop(f"{path} is not a COCO captions file: {bad} of its {total} records can't be read.")
+        raise UserError(f"{path} is not a COCO captions file: {bad} of its {total} records can't be read.")
     if bad:
         print(f"{bad} of {total} records in {path} lack an id, caption, name or size: skipped.")
     for image in images:  # a name from a file is a place below a folder, not a path to anywhere
         if not re.fullmatch(r"(\w[\w .()+-]*/)*\w[\w .()+-]*", image["file_name"]):
-            raise Stop(f"{path} names a photograph {image['file_name']!r}, which is not a plain file name.")
+            raise UserError(f"{path} names a photograph {image['file_name']!r}, which is not a plain file name.")
     return images, annotations
 
 
-def decode(path, box):
+def load_image(path, box):
     """Open a photograph as a PIL RGB image, no smaller than it takes to make a square of `box` pixels.
 
     Raises OSError or ValueError for whatever is not a whole, sane picture.
@@ -1287,13 +1468,13 @@ def decode(path, box):
 def load_clip(name, device="cpu"):
     """CLIP by model name ("ViT-B/32": fetched once to ~/.cache/clip) or by the path of its weights.
 
-    On CUDA the model computes in half precision. Raises Stop when the weights can't be had.
+    On CUDA the model computes in half precision. Raises UserError when the weights can't be had.
     """
     import clip
     try:
         model = clip.load(name, device=device)[0]
     except Exception as error:
-        raise Stop(f"CLIP {name} could not be loaded ({first_line(error)}). --clip takes a file of CLIP "
+        raise UserError(f"CLIP {name} could not be loaded ({first_line(error)}). --clip takes a file of CLIP "
                    f"weights or one of {', '.join(clip.available_models())}, whose weights come from "
                    "openaipublic.azureedge.net to ~/.cache/clip.") from error
     return model if torch.device(device).type == "cuda" else model.float()
@@ -1307,7 +1488,7 @@ def clip_fingerprint(model):
 def embed_photographs(model, paths, device, batch=32):
     """Decode photographs and embed them with CLIP, as fast as the hardware allows.
 
-    Returns the indices of the readable ones, their pixels uint8 (M, 3, 128, 128), their embeddings (M, D).
+    Returns the indices of the readable ones, their pixels uint8 (M, 3, 128, 128), their embeddings (M, E).
     """
     side, cores = model.visual.input_resolution, torch.get_num_threads()
 
@@ -1315,7 +1496,7 @@ def embed_photographs(model, paths, device, batch=32):
         squares, problems = [], []
         for number, path in enumerate(some):
             try:
-                photograph = decode(path, max(side, SIZE))
+                photograph = load_image(path, max(side, SIZE))
                 squares.append((number, centre_square(photograph, side), centre_square(photograph, SIZE)))
             except (OSError, ValueError) as error:
                 problems.append(f"{path}: {first_line(error)}")
@@ -1346,30 +1527,27 @@ def embed_photographs(model, paths, device, batch=32):
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
     if not kept:
-        raise Stop("None of the photographs is there and can be read.")
+        raise UserError("None of the photographs is there and can be read.")
     return kept, images[:len(kept)], torch.cat(embeddings).cpu()
 
 
 # Data files, and what training asks of them --------------------------------------------------------
 
-DATA = "data/data.pt"  # where prepare writes and train reads
-
-
 def load_data(path, device=CPU, fingerprint=None):
     """The data file that `prepare` wrote. Pictures stay memory-mapped, embeddings go to the device.
 
-    Raises Stop if it is not the data with this fingerprint, a trained run's.
+    Raises UserError if it is not the data with this fingerprint, a trained run's.
     """
     data = load(path, "data file")
     if fingerprint and data["fingerprint"] != fingerprint:
-        raise Stop(f"{path} is not the data that this run was trained on (other photographs, another CLIP). "
+        raise UserError(f"{path} is not the data that this run was trained on (other photographs, another CLIP). "
                    "If that data has moved, say where it is: --data FILE.")
-    return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "part")}
+    return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "split")}
 
 
-def rows_of(data, part):
-    """The numbers of the photographs in one part of the data: (n,)."""
-    return (data["part"] == part).nonzero()[:, 0]
+def indices(data, split):
+    """The numbers of the photographs in one split of the data: (n,)."""
+    return (data["split"] == split).nonzero()[:, 0]
 
 
 def pool_images(images, size):
@@ -1377,7 +1555,7 @@ def pool_images(images, size):
     if images.shape[-1] == size:
         return images
     factor = images.shape[-1] // size
-    return torch.cat([F.avg_pool2d(some.float(), factor).round().byte() for some in images.split(1024)])
+    return torch.cat([F.avg_pool2d(batch.float(), factor).round().byte() for batch in images.split(1024)])
 
 
 def to_device(images, device):
@@ -1388,13 +1566,26 @@ def to_device(images, device):
     return images.to(device)
 
 
-def take(images, rows, device):
+def get_images(images, index, device):
     """Pictures by number as floats in [0, 1], channels last (faster convolutions): (n, 3, S, S)."""
-    batch = images[rows.to(images.device)]
-    if device.type == "cuda" and batch.device != device:
+    batch = images[index.to(images.device)]
+    if batch.is_cpu and device.type == "cuda":
         batch = batch.pin_memory()  # page-locked, so that the copy runs beside the arithmetic
     batch = batch.to(device, non_blocking=True)
     return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+def mirror_half(x, wanted):
+    """Pictures (n, 3, S, S), each mirrored or not: a mirrored photograph is another photograph."""
+    if not wanted:
+        return x
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+
+
+def shuffled(index, seed):
+    """The same numbers in an order that the seed determines, on every device the same."""
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
+    return index[order.to(index.device)]
 
 
 def ssim(a, b):
@@ -1413,74 +1604,84 @@ def ssim(a, b):
             / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(1)
 
 
-@torch.no_grad()
-def encode_photographs(vae, images, data, rows, device, flip=False):
-    """Where the encoder puts photographs, and their mirror images: mu, sigma (n, 1 or 2, C, s, s) in float16.
-
-    Half the memory of float32: without it the codes of many photographs would fill more than their pixels.
-    """
-    mu = torch.empty(len(rows), 2 if flip else 1, *vae.shape, device=device, dtype=torch.float16)
-    sigma = torch.empty_like(mu)
-    places = torch.arange(len(rows), device=device)
-    for place in tqdm(places.split(64), desc="encoding photographs", leave=False):
-        x = take(images, rows[place], device)
-        for version, seen in enumerate([x, x.flip(3)] if flip else [x]):
-            mean, logvar = vae.encode(seen, data["image_embeddings"][rows[place]], PICTURE)
-            mu[place, version], sigma[place, version] = mean.half(), torch.exp(0.5 * logvar).half()
-    return mu, sigma
-
-
 @contextlib.contextmanager
-def noted_interrupts():
-    """Within the block Ctrl-C only leaves a note in this list, so that a step can be finished first."""
+def defer_signals():
+    """Within the block Ctrl-C, and SIGTERM (Slurm, docker, a shutdown), only leave a note in this list."""
     notes = []
-    previous = signal.signal(signal.SIGINT, lambda *_: notes.append(True))
+    previous = {number: signal.signal(number, lambda *_: notes.append(True))
+                for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield notes
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def compiled(network, example, wanted):
-    """The network, compiled by torch.compile and proven by one call; as it is where it can't be.
-
-    wanted: True, False, or None for what usually pays: yes on CUDA, no on a processor.
-    """
-    on_cuda = example[0].device.type == "cuda"
-    if not (on_cuda if wanted is None else wanted):
-        return network
-    if on_cuda:
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    print("compiling the network; this takes about a minute")
-    try:
-        forward = torch.compile(network)
-        output = forward(*example)
-        sum(part.float().mean() for part in (output if isinstance(output, tuple) else [output])).backward()
-        return forward
-    except Exception as error:  # no C compiler, no Triton, ...: the lesson goes on, slower
-        print(f"torch.compile can't be used here ({first_line(error)}); training goes on without it.")
-        return network
-    finally:
-        network.zero_grad()  # also where the backward pass broke off half-way
-
-
-def must_be_sane(loss, part, run="The run", ignorance=math.inf):
-    """Stop a training whose loss is no number any more, or is worse than that of knowing nothing."""
+def check_loss(loss, run, stage, baseline_loss=math.inf):
+    """The loss, unless it is no number any more, or worse than that of knowing nothing."""
+    option, rate = ("--lr", "lr") if stage == "vae" else (f"--{stage}-lr", f"{stage}_lr")
     if not math.isfinite(loss):
-        raise Stop(f"The loss became NaN. {run} keeps its last good checkpoint; start anew with a lower "
-                   f"rate, such as {part.option} {part.rate / 2:g}.")
-    if loss > ignorance:
-        raise Stop(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {ignorance:.3g}. "
-                   f"{run} keeps its best checkpoint; start anew with a lower rate, such as {part.option} "
-                   f"{part.rate / 3:.1g}.")
+        raise UserError(f"The loss became NaN. {run.folder} keeps its last good checkpoint; start anew with a lower "
+                        f"rate, such as {option} {run.config[rate] / 2:g}.")
+    if loss > baseline_loss:
+        raise UserError(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {baseline_loss:.3g}. "
+                        f"{run.folder} keeps its best checkpoint; start anew with a lower rate, such as {option} "
+                        f"{run.config[rate] / 3:.1g}.")
+    return loss
 
 
 # Runs and checkpoints ------------------------------------------------------------------------------
 
-def save_checkpoint(path, config, models, history, training=None):
-    """Write what sampling needs and, in last.pt, what resuming needs besides."""
-    weights = {name: network and network.state_dict() for name, network in models.items()}
-    save({"config": config, "history": history, "training": training, **weights}, path, "checkpoint")
+def make_vae(config):
+    return VAE(config["size"], config["condition_dim"], config["latents"], config["dropout"], config["channels"],
+               config["vae_width"])
+
+
+def make_flow(config, shape):
+    return Flow(shape, config["condition_dim"], config["prior_width"], config["prior_depth"])
+
+
+def count_parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def save_checkpoint(run, file, training=None):
+    """Write what sampling needs and, in last.pt, what resuming needs besides. The first process writes."""
+    if processes()[0] == 0:
+        weights = {name: network and network.state_dict() for name, network in run.models.items()}
+        save({"config": run.config, "history": run.history, "training": training, **weights}, run.folder / file,
+             "checkpoint")
+
+
+def save_last(run, stage, state, losses, done, finished=False):
+    """Write last.pt: all that has a state_dict, the losses since the last report, the number of steps done."""
+    weights = {name: part.state_dict() for name, part in state.items()}
+    save_checkpoint(run, "last.pt", weights | {"stage": stage, "losses": [float(loss) for loss in losses],
+                                               "done": done, "finished": finished})
+
+
+def restore(run, stage, state):
+    """Begin a stage, or go on where last.pt left it: the losses since the last report, the number of steps done."""
+    if run.resumed:
+        for name, part in state.items():
+            part.load_state_dict(run.resumed[name])
+        return [torch.tensor(loss, device=run.device) for loss in run.resumed["losses"]], run.resumed["done"]
+    save_last(run, stage, state, [], 0)
+    return [], 0
+
+
+def report(run, stage, figures, speed):
+    """Keep and print the figures of a validation; write best.pt if its loss is the lowest, or where it has none."""
+    first, *others = run.history[stage]
+    if "loss" in figures and figures["step"] > 2 * WARM_UP:  # it had time to
+        check_loss(figures["loss"], run, stage, first["loss"])
+    if all(figures.get("loss", -math.inf) < other.get("loss", math.inf) for other in others):
+        save_checkpoint(run, "best.pt")
+    run.history[stage].append(figures)
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in list(figures.items())[3:])
+    epochs = run.config[stages_of(run.config)[stage]]
+    print(f"{stage}, epoch {figures['epoch']}/{epochs}: training loss {figures['train_loss']:.3f}, validation "
+          f"{measured}; {speed:.0f} images/s")
 
 
 def checkpoint_path(name, file="best.pt"):
@@ -1489,15 +1690,15 @@ def checkpoint_path(name, file="best.pt"):
         return Path(name) / file if Path(name).is_dir() else Path(name)
     files = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
     if not files:
-        raise Stop("There is no trained model in runs/ yet; train one first: python cvae.py train")
+        raise UserError("There is no trained model in runs/ yet; train one first: python cvae.py train")
     return files[-1]
 
 
-def claim_run(run, config):
+def claim_run(name, config):
     """Make a run's folder, and fail if it is there: two trainings never share one."""
     stamp = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config['size']}-{config['latents']}-{config['prior']}"
-    for name in [run] if run else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]:
-        folder = Path(name)
+    for candidate in [name] if name else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]:
+        folder = Path(candidate)
         try:
             folder.mkdir(parents=True)
             must_be_writable(folder)
@@ -1505,98 +1706,127 @@ def claim_run(run, config):
         except FileExistsError:
             continue
         except OSError as error:
-            raise Stop(f"{folder} can't be made: {error.strerror}.") from error
-    raise Stop(f"{folder} can't be made, it exists already. Remove it, or choose another --run.")
+            raise UserError(f"{folder} can't be made: {error.strerror}.") from error
+    raise UserError(f"{folder} can't be made, it exists already. Remove it, or choose another --run.")
 
 
-def epochs_left(config, history):
-    """Epochs that a run has still to train, those of both parts together."""
-    wanted = config["epochs"] + (config["prior_epochs"] if config["prior"] == "flow" else 0)
-    return wanted - len(history["vae"]) - len(history["prior"])
+def stages_of(config):
+    """The stages that a configuration asks for, in their order, with the options that set their lengths."""
+    lengths = {"vae": "epochs", "decoder": "decoder_epochs", "prior": "prior_epochs"}
+    return {stage: name for stage, name in lengths.items()
+            if config[name] and (stage != "prior" or config["prior"] == "flow")}
 
 
-def open_run(args):
-    """A new run's folder and configuration, or a resumed one's: run, config, checkpoint (None if new)."""
-    given = {name: value for name, value in vars(args).items() if name in DEFAULTS and value is not None}
-    if not args.resume:
+def resume(args, given):
+    """A resumed run's folder, configuration and checkpoint. It may become longer, and its data may have moved."""
+    folder = Path(args.run) if args.run else checkpoint_path(None, "last.pt").parent
+    checkpoint = load(folder / "last.pt", "checkpoint")  # no other: best.pt can't say how far the training was
+    config, training = checkpoint["config"], checkpoint["training"]
+    stages = stages_of(config)
+    lengths = list(stages.values())[list(stages).index(training["stage"]):]  # of what can still be longer
+    finished = training["finished"] and len(lengths) == 1
+    if any(name != "data" and (name not in lengths or value < config[name]) for name, value in given.items()):
+        more = " or ".join("--" + name.replace("_", "-") for name in lengths)
+        raise UserError(f"{folder} goes on with its own settings; beside --resume and --run only --data and a larger "
+                        f"{more} can be given.")
+    if not any(given.get(name, 0) > config[name] for name in lengths) and finished:
+        option = "--" + lengths[-1].replace("_", "-")
+        raise UserError(f"{folder} is finished, there is nothing left to do. To train it longer: --resume {option} "
+                        f"{2 * config[lengths[-1]]}.")
+    return folder, config | given, checkpoint
+
+
+def open_run(args, device):
+    """The run that train's options describe: a new one in a folder of its own, or a resumed one."""
+    given = {name: value for name, value in vars(args).items() if name in CONFIG and value is not None}
+    if args.resume:
+        folder, config, checkpoint = resume(args, given)
+    else:
         if args.run and (Path(args.run) / "last.pt").exists():
-            raise Stop(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
-        return args.run, DEFAULTS | given, None
-    run = Path(args.run) if args.run else checkpoint_path(None, "last.pt").parent
-    checkpoint = load(run / "last.pt", "checkpoint")  # no other: best.pt can't say how far the training was
-    config = checkpoint["config"]
-    for name, value in given.items():
-        option = "--" + name.replace("_", "-")
-        if value != config[name] and name not in CHANGEABLE:
-            raise Stop(f"{run} was started with {option} {config[name]}, and that can't change on the way. "
-                       "Leave the option out, or start a new run.")
-        if name == "epochs" and value != config[name] and checkpoint["training"]["part"] == "prior":
-            raise Stop(f"The prior of {run} has begun to learn this VAE's codes, so the VAE can't be trained "
-                       "longer; the prior can (--prior-epochs).")
-        if name in ("epochs", "prior_epochs") and value < config[name]:
-            raise Stop(f"{run} is set to {config[name]} epochs; {option} can only make it longer.")
-    config |= given
-    if epochs_left(config, checkpoint["history"]) == 0:
-        more = "prior-epochs" if config["prior"] == "flow" else "epochs"
-        raise Stop(f"{run} is finished, there is nothing left to do. To train it longer: --resume --{more} "
-                   f"{2 * config[more.replace('-', '_')]}.")
-    return run, config, checkpoint
+            raise UserError(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
+        model = args.model or ("base" if device.type == "cuda" else "small")
+        print(f"--model {model}, " + ("as you asked" if args.model else f"the size for {device.type}"))
+        config, checkpoint = CONFIG | MODELS[model] | given, None
+    data = load_data(config["data"], device, config.get("fingerprint"))
+    config |= {"condition_dim": data["image_embeddings"].shape[-1]}
+    config |= {name: data[name] for name in ("clip", "clip_fingerprint", "fingerprint")}
+    images = to_device(pool_images(data["images"], config["size"]), device)             # uint8 (N, 3, S, S)
+    if not checkpoint:
+        names = [str(claim_run(args.run, config)) if processes()[0] == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(names)
+        folder = Path(names[0])
+    dtype = choose_precision(device, args.precision)
+    print(f"{folder}: {len(indices(data, TRAIN))} photographs of {config['size']} pixels, on {device} in {dtype}")
+    models = {"vae": make_vae(config).to(device, memory_format=torch.channels_last).eval(), "prior": None}
+    if checkpoint:
+        models["vae"].load_state_dict(checkpoint["vae"])
+    return Run(folder, config, data, images, device, dtype, models, checkpoint["history"] if checkpoint else {},
+               checkpoint and checkpoint["training"])
 
 
 def load_models(path, device):
     """A trained run, ready to sample: {"vae", "prior" (None: use N(0, I))} and its configuration."""
     checkpoint = load(path, "checkpoint")
     config = checkpoint["config"]
-    vae = VAE(config["size"], config["condition_dim"], config["latents"], channels=config["channels"])
-    models = {"vae": vae.to(memory_format=torch.channels_last), "prior": None}
-    if checkpoint["prior"]:
-        models["prior"] = Flow(vae.shape, config["condition_dim"], config["prior_width"])
+    vae = make_vae(config | {"dropout": 0.0}).to(memory_format=torch.channels_last)
+    models = {"vae": vae, "prior": make_flow(config, vae.shape) if checkpoint["prior"] else None}
     for name, network in models.items():
         if network:
             network.to(device).eval().load_state_dict(checkpoint[name])
     return models, config
 
 
+def open_newest_run():
+    """For trying things: the newest run's networks, its data, eight validation pictures and their embeddings."""
+    models, config = load_models(checkpoint_path(None), CPU)
+    data = load_data(config["data"])
+    index = indices(data, VAL)[:8]
+    x = get_images(pool_images(data["images"], config["size"]), index, CPU)
+    torch.set_grad_enabled(False)  # nothing here learns
+    return models, data, x, data["image_embeddings"][index]
+
+
 def flow_options(args, models):
     """--guidance and --steps, which are refused where there is no flow to guide."""
     given = args.guidance is not None or args.steps is not None or getattr(args, "show_steps", False)
     if given and not models["prior"]:
-        raise Stop("--guidance, --steps and --show-steps are for a learned prior, and this model has none.")
+        raise UserError("--guidance, --steps and --show-steps are for a learned prior, and this model has none.")
     return GUIDANCE if args.guidance is None else args.guidance, args.steps or STEPS
 
 
 def load_clip_of(config, device, name=None):
-    """The CLIP that a run was trained with. Raises Stop when `name` is another one."""
+    """The CLIP that a run was trained with. Raises UserError when `name` is another one."""
     clip_model = load_clip(name or config["clip"], device)
     if clip_fingerprint(clip_model) != config["clip_fingerprint"]:
-        raise Stop(f"{name or config['clip']} is not the CLIP that this model was trained with "
+        raise UserError(f"{name or config['clip']} is not the CLIP that this model was trained with "
                    f"({config['clip']}).")
     return clip_model
 
 
 # Prompts and pictures ------------------------------------------------------------------------------
 
-def read_wishes(args, clip_model, device):
-    """What to draw, a row each: a list of (label, embedding (1, D), kind). Says when CLIP cuts a prompt."""
+def read_requests(args, clip_model, device):
+    """What to draw, a row each: a list of (label, embedding (1, E), modality). Says when CLIP cuts a prompt."""
     import clip
-    wishes = []
+    requests = []
     if args.image:
         side = clip_model.visual.input_resolution
         try:
-            square = centre_square(decode(args.image, side), side)[None].to(device)
+            square = centre_square(load_image(args.image, side), side)[None].to(device)
         except (OSError, ValueError) as error:
-            raise Stop(f"{args.image} is no picture that can be read ({first_line(error)}).") from error
-        wishes.append((f"variations of {Path(args.image).name}", encode_images(clip_model, square), PICTURE))
+            raise UserError(f"{args.image} is no picture that can be read ({first_line(error)}).") from error
+        requests.append((f"variations of {Path(args.image).name}", encode_images(clip_model, square), IMAGE))
     for prompt in args.prompts:
         if not prompt.strip():
-            raise Stop("A prompt is empty; say what the picture should show.")
+            raise UserError("A prompt is empty; say what the picture should show.")
         try:
             clip.tokenize([prompt], clip_model.context_length)
         except RuntimeError:
             print(f"CLIP reads {clip_model.context_length} tokens; this prompt is longer and was cut: "
                   f"{prompt[:60]}...")
-        wishes.append((prompt, encode_texts(clip_model, [prompt]), CAPTION))
-    return wishes
+        requests.append((prompt, encode_texts(clip_model, [prompt]), TEXT))
+    return requests
 
 
 def sample_path(folder, label):
@@ -1639,75 +1869,58 @@ def save_grid(path, rows, labels):
 
 
 @torch.no_grad()
-def save_reconstructions(path, vae, images, data, rows, device):
+def save_reconstructions(path, vae, images, data, index):
     """Draw photographs of the data, above what the VAE makes of them."""
-    x = take(images, rows, device)
-    picture = vae(x, data["image_embeddings"][rows], PICTURE)[0]
-    save_grid(path, [x, picture, sharpen(picture, vae.gain)],
-              ["photographs", "reconstructions", "the same, sharpened"])
+    x = get_images(images, index, index.device)
+    save_grid(path, [x, vae(x, data["image_embeddings"][index], IMAGE)[0]], ["photographs", "reconstructions"])
 
 
 @torch.no_grad()
-def save_samples(path, models, images, data, rows, device):
+def save_samples(path, models, images, data, index):
     """Draw photographs of the data, and below them eight samples for each of the first three's captions."""
-    pictures = [take(images, rows, device)]
-    for text in data["caption_embeddings"][rows[:3], 0]:                                # (D,)
+    rows = [get_images(images, index, index.device)]
+    for embedding in data["caption_embeddings"][index[:3], 0]:                          # (E,)
         torch.manual_seed(0)
-        noise = torch.randn(8, *models["vae"].shape, device=device)
-        pictures.append(generate(models, text.expand(8, -1), CAPTION, noise))
-    save_grid(path, pictures, ["photographs", *(data["captions"][row][0] for row in rows[:3].tolist())])
-
-
-@torch.no_grad()
-def save_comparison(path, runs, prompts, device):
-    """Four rows of samples for the same prompts: flat or grid codes (the runs), N(0, I) or flow as prior."""
-    rows, labels = [], []
-    for latents, run in runs.items():
-        models, config = load_models(Path(run) / "best.pt", device)
-        texts = encode_texts(load_clip_of(config, device), prompts)
-        for name, prior in (("N(0, I)", None), ("the flow", models["prior"])):
-            torch.manual_seed(0)
-            noise = torch.randn(len(prompts), *models["vae"].shape, device=device)
-            rows.append(generate(models | {"prior": prior}, texts, CAPTION, noise))
-            labels.append(f"{latents} code, drawn from {name}")
-    save_grid(path, rows, labels)
+        noise = torch.randn(8, *models["vae"].shape, device=index.device)
+        rows.append(generate(models, embedding.expand(8, -1), TEXT, noise))
+    save_grid(path, rows, ["photographs", *(data["captions"][number][0] for number in index[:3].tolist())])
 
 
 def save_curves(path, history):
-    """Draw the losses of both parts, epoch by epoch."""
-    parts = [(name, epochs) for name, epochs in history.items() if epochs]
-    with new_figure(path, 1, len(parts), (4.5 * len(parts), 3.5)) as axes:
-        for axis, (name, epochs) in zip(axes[0], parts):
-            for key, label in (("train_loss", "training"), ("loss", "validation")):
-                axis.plot(range(1, len(epochs) + 1), [epoch[key] for epoch in epochs], label=label)
-            axis.set(xlabel="epoch", title=f"loss of the {name}")
+    """Draw how training and validation went, stage by stage."""
+    with new_figure(path, 1, len(history), (4.5 * len(history), 3.5)) as axes:
+        for axis, (stage, (_, *epochs)) in zip(axes[0], history.items()):  # the first is of before the training
+            for key in ("train_loss", "loss", "psnr")[:3 if stage == "decoder" else 2]:
+                if key in epochs[0]:
+                    axis.plot([figures["epoch"] for figures in epochs], [figures[key] for figures in epochs],
+                              label={"train_loss": "training", "loss": "validation", "psnr": "PSNR, dB"}[key])
+            axis.set(xlabel="epoch", title=f"loss of the {stage}")
             axis.legend()
 
 
 @torch.no_grad()
-def save_prior_picture(path, models, images, data, device):
-    """Show why a prior must be learned: codes of photographs, draws from N(0, I), draws from the flow.
+def save_prior_picture(path, models, images, data):
+    """Show why a prior must be learned: latents of photographs, draws from N(0, I), draws from the flow.
 
-    All three are seen along the two directions in which the codes of photographs vary most.
+    All three are seen along the two directions in which the latents of photographs vary most.
     """
-    rows = rows_of(data, TRAINING)[:500]
-    mu, sigma = (t[:, 0].float() for t in encode_photographs(models["vae"], images, data, rows, device))
+    index = indices(data, TRAIN)[:500]
+    mu, sigma = (t[:, 0].float() for t in cache_latents(models["vae"], images, data, index))
     torch.manual_seed(0)
     noise = torch.randn_like(mu)
-    names, clouds = ["codes of photographs", "draws from N(0, I)"], [mu + sigma * torch.randn_like(mu), noise]
+    clouds = {"latents of photographs": mu + sigma * torch.randn_like(mu), "draws from N(0, I)": noise}
     if models["prior"]:
-        texts = data["caption_embeddings"][rows, 0].split(64)
-        names.append("draws from the flow")
-        clouds.append(torch.cat([draw_codes(models["prior"], z, c, CAPTION, 1, STEPS)[-1]
-                                 for z, c in zip(noise.split(64), texts)]))
-    clouds = torch.stack(clouds).flatten(2).float().cpu()                               # (3, 500, C s s)
-    center = clouds[0].mean(0)
-    _, _, directions = torch.linalg.svd(clouds[0] - center, full_matrices=False)        # principal directions
-    seen = (clouds - center) @ directions[:2].T                                         # (3, 500, 2)
+        texts = data["caption_embeddings"][index, 0].split(64)
+        clouds["draws from the flow"] = torch.cat([sample_flow(models["prior"], z, c, TEXT, guidance=1)[-1]
+                                                   for z, c in zip(noise.split(64), texts)])
+    points = torch.stack(list(clouds.values())).flatten(2).float().cpu()                # (3, 500, C G G)
+    center = points[0].mean(0)
+    _, _, directions = torch.linalg.svd(points[0] - center, full_matrices=False)        # principal directions
+    seen = (points - center) @ directions[:2].T                                         # (3, 500, 2)
     limit = 1.1 * seen.abs().max().item()
-    with new_figure(path, 1, len(names), (3.2 * len(names), 3.4)) as axes:
-        for axis, name, points in zip(axes[0], names, seen):
-            axis.scatter(*points.T.numpy(), s=3, alpha=0.5)
+    with new_figure(path, 1, len(clouds), (3.2 * len(clouds), 3.4)) as axes:
+        for axis, name, cloud in zip(axes[0], clouds, seen):
+            axis.scatter(*cloud.T.numpy(), s=3, alpha=0.5)
             axis.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
 
@@ -1722,10 +1935,10 @@ def fetch(url, path, check, progress=None):
     """Download `url` to `path`: retried with back-off, checked, renamed into place only when whole.
 
     check(temporary path) raises ValueError for content that was not wanted; progress(blocks, their size,
-    total) hears how it goes. Raises Stop for an address that is not http(s), OSError after the last attempt.
+    total) hears how it goes. Raises UserError for an address that is not http(s), OSError after the last attempt.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise Stop(f"{url!r} is not an http or https address; it was not opened.")
+        raise UserError(f"{url!r} is not an http or https address; it was not opened.")
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with atomic(path) as temporary:
@@ -1753,7 +1966,7 @@ def fetch_annotations(path, base_url):
         except zipfile.BadZipFile as error:
             raise ValueError("what arrived is no whole zip archive") from error
         except KeyError as error:
-            raise Stop(f"{base_url} has an archive, but no {path.name} is in it.") from error
+            raise UserError(f"{base_url} has an archive, but no {path.name} is in it.") from error
 
     def progress(blocks, size, total):
         bar.total = max(total, blocks * size)
@@ -1763,7 +1976,7 @@ def fetch_annotations(path, base_url):
         with tqdm(desc=archive.name, unit="B", unit_scale=True, leave=False) as bar:
             fetch(f"{base_url}/annotations/{archive.name}", archive, take_out, progress)
     except OSError as error:
-        raise Stop(f"COCO's captions could not be fetched from {error.strerror or error}. Name a COCO folder "
+        raise UserError(f"COCO's captions could not be fetched from {error.strerror or error}. Name a COCO folder "
                    "(--coco) or a mirror (--mirror), or try the demo, which needs no network.") from error
     archive.unlink(missing_ok=True)
 
@@ -1788,9 +2001,9 @@ def fetch_photographs(photographs, folder, base_url):
             if error := job.exception():
                 failures.append(first_line(error))
             if getattr(error, "errno", None) in DISK_FULL:
-                raise Stop("The disk is full. What arrived is kept; free some space and run this again.")
+                raise UserError("The disk is full. What arrived is kept; free some space and run this again.")
             if len(failures) > max(10, 0.05 * len(photographs)):
-                raise Stop(f"Too many photographs could not be fetched (the last: {failures[-1]}). What "
+                raise UserError(f"Too many photographs could not be fetched (the last: {failures[-1]}). What "
                            "arrived is kept; run the same command again later.")
     finally:  # also on Ctrl-C: what has not started never does
         pool.shutdown(cancel_futures=True)
@@ -1824,57 +2037,40 @@ def prepare(args):
     captions = [[p["captions"][i % len(p["captions"])] for i in range(CAPTIONS)] for p in kept]
     texts = [caption for five in captions for caption in five]
     caption_embeddings = encode_texts(model, texts).cpu()                               # (5N, D)
-    part = split_parts(images)
+    split = split_data(images)
     fingerprint = hashlib.sha256(embeddings.numpy())  # reads the memory as it lies there, without a copy
     fingerprint.update(caption_embeddings.numpy())
     save({"images": images, "image_embeddings": embeddings, "captions": captions,
-          "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "part": part,
+          "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "split": split,
           "ids": [p["id"] for p in kept], "words": words, "clip": str(args.clip),
           "fingerprint": fingerprint.hexdigest(), "clip_fingerprint": clip_fingerprint(model)},
          args.data, "data file")
-    sizes = part.bincount().tolist()
-    print(f"{args.data}: {sizes[TRAINING]} photographs to learn from, {sizes[VALIDATION]} to choose by, "
+    sizes = split.bincount().tolist()
+    print(f"{args.data}: {sizes[TRAIN]} photographs to learn from, {sizes[VAL]} to choose by, "
           f"{sizes[TEST]} to judge by.")
 
 
 def train(args):
-    """Train the VAE, then the prior on its codes; write a run folder with checkpoints and pictures.
+    """Train the stages on the data file; write a run folder with checkpoints and pictures.
 
     The run's configuration is stored in its checkpoints, so --resume needs no other option.
     """
     device = choose_device(args.device)
-    dtype = choose_precision(device, args.precision)
-    run, config, checkpoint = open_run(args)
-    data = load_data(config["data"], device, config.get("fingerprint"))
-    config |= {"condition_dim": data["image_embeddings"].shape[-1]}
-    config |= {name: data[name] for name in ("clip", "clip_fingerprint", "fingerprint")}
-    images = to_device(pool_images(data["images"], config["size"]), device)             # uint8 (N, 3, S, S)
-    run = run if checkpoint else claim_run(run, config)
-    torch.manual_seed(config["seed"])
-    vae = VAE(config["size"], config["condition_dim"], config["latents"], config["dropout"],
-              config["channels"])
-    vae.condition.learn_statistics(data, rows_of(data, TRAINING))
-    vae = vae.to(device, memory_format=torch.channels_last)
-    print(f"{run}: {len(rows_of(data, TRAINING))} photographs of {config['size']} pixels, on {device.type} "
-          f"in {dtype}; the VAE has {sum(p.numel() for p in vae.parameters()):,} parameters")
-    models = {"vae": vae, "prior": None}
-    history = checkpoint["history"] if checkpoint else {"vae": [], "prior": []}
-    saved = checkpoint and checkpoint["training"]  # what a resumed run was doing
-
-    if saved and saved["part"] == "prior":
-        best = checkpoint["vae"]
-    else:
-        part = vae_part(vae, images, data, config, device, dtype)
-        fit(part, run, config, models, history, device, dtype, saved)
-        best, saved = load(run / "best.pt", "checkpoint")["vae"], None  # of the best validation
-    vae.load_state_dict(best)
-    models["vae"] = vae.requires_grad_(False).eval()
-    if config["prior"] == "flow":
-        part = prior_part(vae, images, data, config, device, dtype, models)
-        print(f"{run}: now the prior, {sum(p.numel() for p in part.network.parameters()):,} parameters")
-        fit(part, run, config, models, history, device, dtype, saved)
-        models["prior"].load_state_dict(load(run / "best.pt", "checkpoint")["prior"])
-    save_prior_picture(run / "prior.png", models, images, data, device)
+    with several_processes(device):
+        run = open_run(args, device)
+        for stage in list(stages_of(run.config)):
+            if run.resumed and run.resumed["stage"] != stage:
+                continue  # it is finished
+            {"vae": train_vae, "decoder": train_decoder, "prior": train_prior}[stage](run)
+            run.resumed = None
+            if dist.is_initialized():
+                dist.barrier()  # until the first process has written
+            best = load(run.folder / "best.pt", "checkpoint")
+            for name, network in run.models.items():
+                if network:
+                    network.load_state_dict(best[name])
+        if processes()[0] == 0:
+            save_prior_picture(run.folder / "prior.png", run.models, run.images, run.data)
 
 
 @torch.no_grad()
@@ -1882,9 +2078,11 @@ def sample(args):
     """Draw pictures for prompts (or from a photograph, or between two prompts); write a captioned grid."""
     device = choose_device(args.device)
     models, config = load_models(checkpoint_path(args.checkpoint), device)
+    if args.prior == "normal":
+        models["prior"] = None
     guidance, steps = flow_options(args, models)
     clip_model = load_clip_of(config, device, args.clip)
-    wishes = read_wishes(args, clip_model, device)
+    requests = read_requests(args, clip_model, device)
     must_be_writable(Path(args.out))
     rows, count = [], max(args.n, args.rerank)
 
@@ -1893,22 +2091,21 @@ def sample(args):
         return args.temperature * torch.randn(count, *models["vae"].shape, device=device)
 
     if args.interpolate:  # one row, in which only the condition changes
-        (first, a, _), (second, b, _) = wishes
-        wishes = [(f"{first} → {second}", slerp(a[0], b[0], args.n), CAPTION)]
-    for _, target, kind in tqdm(wishes, desc="sampling", leave=False):                  # target: (1 or n, D)
+        (first, a, _), (second, b, _) = requests
+        requests = [(f"{first} → {second}", slerp(a[0], b[0], args.n), TEXT)]
+    for _, target, modality in tqdm(requests, desc="sampling", leave=False):             # target: (1 or n, E)
         if args.show_steps:
-            way = draw_codes(models["prior"], noise(1), target, kind, guidance, steps)
+            trajectory = sample_flow(models["prior"], noise(1), target, modality, guidance, steps)
             shown = torch.linspace(0, steps, args.n).round().long().tolist()
-            decoded = torch.cat([models["vae"].decode(way[step], target, kind) for step in shown])
-            rows.append(sharpen(decoded, models["vae"].gain))
+            rows.append(torch.cat([models["vae"].decode(trajectory[step], target, modality) for step in shown]))
             continue
         start = noise(1).expand(count, -1, -1, -1) if args.interpolate else noise(count)
-        pictures = generate(models, target.expand(count, -1), kind, start, guidance, steps)
+        pictures = generate(models, target.expand(count, -1), modality, start, guidance, steps)
         if args.rerank:
             scores = encode_images(clip_model, pictures) @ target[0]
             pictures = pictures[scores.topk(args.n).indices]
         rows.append(pictures)
-    labels = [label for label, _, _ in wishes]
+    labels = [label for label, _, _ in requests]
     path = sample_path(args.out, " ".join(labels))
     save_grid(path, rows, labels)
     print(path)
@@ -1934,11 +2131,11 @@ def evaluate(args):
     data = load_data(args.data or config["data"], device, config["fingerprint"])
     clip_model = load_clip_of(config, device, args.clip)
     images = pool_images(data["images"], config["size"])                                # uint8 (N, 3, S, S)
-    test, folder = rows_of(data, TEST), path.parent
-    storage = measure_vae(models["vae"], images, data, test, device)
+    test, folder = indices(data, TEST), path.parent
+    storage = measure_vae(models["vae"], images, data, test)
     guidances = sorted({1.0, chosen_guidance}) if models["prior"] else [1.0]
     table, pictures, distance, copied = measure_samples(models, images, data, clip_model, guidances, steps,
-                                                        args.seed, device)
+                                                        args.seed)
     print(f"{path}, {len(test)} test photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats,"
           f" PSNR {storage['psnr']:.1f} dB")
     print(" " * 24 + "".join(f"{column:>13}" for column in table["photographs"]))
@@ -1946,9 +2143,9 @@ def evaluate(args):
         print(f"{name:24}" + "".join(f"{value:13.3f}" for value in row.values()))
     with atomic(folder / "evaluation.json") as temporary:
         temporary.write_text(json.dumps({"checkpoint": str(path), **storage, "table": table}, indent=2))
-    save_reconstructions(folder / "reconstructions.png", models["vae"], images, data, test[:8], device)
+    save_reconstructions(folder / "reconstructions.png", models["vae"], images, data, test[:8])
     suspects = distance.argsort()[:8]
-    save_grid(folder / "nearest.png", [pictures[suspects], take(images, copied[suspects], device)],
+    save_grid(folder / "nearest.png", [pictures[suspects], get_images(images, copied[suspects], device)],
               ["the eight samples that are nearest to a training picture", "and those training pictures"])
     print(f"Also in {folder}: evaluation.json, reconstructions.png, nearest.png")
 
@@ -1973,19 +2170,13 @@ def demo(args):
         step = parse_arguments(shlex.split(line))
         step.function(step)
 
-    train = (f"train --data data/toy.pt --epochs {args.epochs} --prior-epochs {args.prior_epochs} "
-             "--prior-width 128 --no-flip --no-detour")  # captions say left and right; a night has one moon
     type_in(f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt "
             "--data data/toy.pt")
-    type_in(f"{train} --channels 8")
-    grid = checkpoint_path(None).parent
+    # small networks serve a small world; no mirror images, because captions say left and right
+    type_in(f"train --data data/toy.pt --model small --epochs {args.epochs} --decoder-epochs {args.decoder_epochs} "
+            f"--prior-epochs {args.prior_epochs} --prior-width 128 --no-flip")
     type_in(f"sample -n 4 {shlex.join(DEMO_PROMPTS)}")
     type_in("evaluate")
-    if args.compare:
-        type_in(f"{train} --latents flat")
-        runs = {"flat": checkpoint_path(None).parent, "grid": grid}
-        save_comparison(grid / "comparison.png", runs, DEMO_PROMPTS, choose_device())
-        print(f"{grid}/comparison.png")
 
 
 # Options -------------------------------------------------------------------------------------------
@@ -2010,32 +2201,27 @@ def plain_name(text):
     return text
 
 
-SEED, ON_OFF = between(int, 0, 2**31 - 1), argparse.BooleanOptionalAction
-EPOCHS, RATE = {"type": between(int, 1, 100_000)}, {"type": between(float, 1e-7, 1)}
-SETTINGS = {  # of a training: the default, what --help says, and how argparse reads it
-    "data": (DATA, "data file to read", {"metavar": "FILE"}),
-    "size": (64, "pixels", {"type": int, "choices": [64, 128]}),
-    "latents": ("grid", "a grid of codes, or one vector as in the report", {"choices": ["grid", "flat"]}),
-    "channels": (CHANNELS, "numbers in each cell of the grid", {"type": between(int, 1, 64)}),
-    "prior": ("flow", "learn p(z | c), or draw from N(0, I) as the report", {"choices": ["flow", "normal"]}),
-    "objective": ("elbo", "the ELBO, or the report's loss", {"choices": OBJECTIVES}),
-    "dropout": (0.0, "dropout on z; 0.3 if no P is given",
-                {"nargs": "?", "type": between(float, 0, 0.9), "const": 0.3, "metavar": "P"}),
-    "epochs": (30, "of the VAE", EPOCHS),
-    "prior_epochs": (100, "of the prior", EPOCHS),
-    "prior_width": (192, "of its transformer", {"type": int, "choices": [64, 128, 192, 256, 384, 512]}),
-    "batch": (16, "pictures per step of the VAE; the prior takes four times as many",
-              {"type": between(int, 1, 4096)}),
-    "lr": (3e-3, "peak learning rate of the VAE", RATE),
-    "prior_lr": (1.5e-3, "peak learning rate of the prior", RATE),
-    "seed": (0, "of all randomness", {"type": SEED}),
-    "flip": (True, "mirror half of the pictures; off where captions say left and right", {"action": ON_OFF}),
-    "detour": (True, "half of the tokens skip the prior's middle layers in training: faster; off where "
-               "details must be exact, as the number of moons", {"action": ON_OFF}),
-    "compile": (None, "torch.compile (default: on CUDA). On a processor it needs a C++ compiler and a "
-                "minute, and makes the prior an eighth faster", {"action": ON_OFF})}
-DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
-CHANGEABLE = "data", "epochs", "prior_epochs", "lr", "prior_lr", "compile"  # in a run that is resumed
+SEED, ON_OFF = between(int, 0, 2**31 - 1), {"action": argparse.BooleanOptionalAction}
+EPOCHS, RATE, BATCH = ({"type": between(*limits)} for limits in ((int, 1, 100_000), (float, 1e-7, 1), (int, 1, 4096)))
+OPTIONS = {  # of train, for CONFIG's settings: what --help says, and how argparse reads them
+    "data": ("data file to read", {"metavar": "FILE"}),
+    "size": ("pixels", {"type": int, "choices": [64, 128]}),
+    "latents": ("a grid of latents, or one vector as in the report", {"choices": ["grid", "flat"]}),
+    "channels": ("numbers in each cell of the grid", {"type": between(int, 1, 64)}),
+    "prior": ("learn p(z | c), or draw from N(0, I) as the report", {"choices": ["flow", "normal"]}),
+    "objective": ("the ELBO, or the report's loss", {"choices": OBJECTIVES}),
+    "dropout": ("on z; 0.3 if no P is given", {"nargs": "?", "type": between(float, 0, 0.9), "const": 0.3, "metavar": "P"}),
+    "flip": ("mirror half of the pictures; off where captions say left and right", ON_OFF),
+    "compile": ("torch.compile on CUDA", ON_OFF),
+    "seed": ("of all randomness", {"type": SEED}),
+    "vae_width": ("channels of the VAE at half of the side", {"type": int, "choices": [32, 64, 96, 128]}),
+    "epochs": ("of the VAE", EPOCHS), "batch": ("of the VAE", BATCH), "lr": ("peak learning rate of the VAE", RATE),
+    "decoder_epochs": ("of the decoder's second lesson; 0 leaves it out", {"type": between(int, 0, 100_000)}),
+    "decoder_batch": ("of the second lesson", BATCH), "decoder_lr": ("peak learning rate of the second lesson", RATE),
+    "prior_width": ("of the prior's transformer", {"type": int, "choices": [64, 128, 192, 256, 384, 512, 768]}),
+    "prior_depth": ("blocks of the prior's transformer", {"type": between(int, 1, 48)}),
+    "prior_epochs": ("of the prior", EPOCHS), "prior_batch": ("of the prior", BATCH),
+    "prior_lr": ("peak learning rate of the prior", RATE)}
 
 
 def add_drawing_options(p):
@@ -2067,22 +2253,25 @@ def parse_arguments(argv=None):
     p.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
     p.add_argument("--mirror", metavar="URL", help=f"address to fetch from (default: {COCO_URL})")
     p.add_argument("--clip", default="ViT-B/32", help="CLIP's name, or a weights file (default: ViT-B/32)")
-    p.add_argument("--data", default=DATA, help=f"data file to write (default: {DATA})")
+    p.add_argument("--data", default=CONFIG["data"], help="data file to write (default: %(default)s)")
 
     p = command(train, "train the VAE, then its prior, on the data file")
-    for name, (default, help, details) in SETTINGS.items():
-        help = help if default is None else f"{help} (default: {default})"
-        p.add_argument(f"--{name.replace('_', '-')}", help=help, **details)
+    for name, (help, details) in OPTIONS.items():
+        larger = f"; {MODELS['base'][name]} with --model base" if name in MODELS["base"] else ""
+        p.add_argument(f"--{name.replace('_', '-')}", help=f"{help} (default: {CONFIG[name]}{larger})", **details)
+    p.add_argument("--model", choices=MODELS, help="sizes, rates and epochs: small for a processor or a Mac, base for "
+                   "a CUDA card (default: by the device)")
     p.add_argument("--precision", choices=["float32", "bfloat16", "float16"], help="default: the fastest")
     p.add_argument("--run", metavar="DIR", help="run folder (default: a new one in runs/)")
     p.add_argument("--resume", action="store_true",
-                   help="go on with --run (default: the newest); more --epochs or --prior-epochs make it "
+                   help="go on with --run (default: the newest); a larger --prior-epochs makes it "
                    "longer: the learning rate returns to its plateau and descends at the new end")
 
     p = command(sample, "draw pictures for prompts")
     p.add_argument("prompts", nargs="*", metavar="PROMPT")
     p.add_argument("-n", type=between(int, 1, 64), default=8, help="pictures per prompt (default: 8)")
     add_drawing_options(p)
+    p.add_argument("--prior", choices=["flow", "normal"], help="normal: draw z from N(0, I), whatever was learned")
     p.add_argument("--temperature", type=between(float, 0, 2), default=1.0, help="of the noise (default: 1)")
     p.add_argument("--rerank", type=between(int, 1, 4096), default=0, metavar="N",
                    help="draw N per prompt and keep those that CLIP likes best")
@@ -2098,8 +2287,8 @@ def parse_arguments(argv=None):
 
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
     p.add_argument("--epochs", default=4, help="of the VAE; fewer: quicker, worse (default: 4)", **EPOCHS)
+    p.add_argument("--decoder-epochs", default=2, help="of the second lesson (default: 2)", **EPOCHS)
     p.add_argument("--prior-epochs", default=30, help="of the prior (default: 30)", **EPOCHS)
-    p.add_argument("--compare", action="store_true", help="also train a flat code; draw all four ways")
     return parser.parse_args(argv)
 
 
@@ -2107,20 +2296,20 @@ def refuse_contradictions(args):
     """Options that make no sense together are refused, rather than one of them ignored."""
     given = {name for name, value in vars(args).items() if value}  # neither None nor zero, False, empty
     if {"theme", "words"} <= given or {"coco", "mirror"} <= given:
-        raise Stop("Give --theme or --words, not both; --coco (nothing is fetched) or --mirror, not both.")
+        raise UserError("Give --theme or --words, not both; --coco (nothing is fetched) or --mirror, not both.")
     if args.function is sample:
         if not given & {"prompts", "image"}:
-            raise Stop('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
+            raise UserError('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
         if args.interpolate and (len(args.prompts) != 2 or given & {"image", "show_steps"}):
-            raise Stop("--interpolate goes between exactly two prompts, without --image or --show-steps.")
+            raise UserError("--interpolate goes between exactly two prompts, without --image or --show-steps.")
         if args.rerank and (given & {"interpolate", "show_steps"} or args.rerank < args.n):
-            raise Stop("--rerank N draws N pictures and keeps the best -n of them: N must be at least as "
+            raise UserError("--rerank N draws N pictures and keeps the best -n of them: N must be at least as "
                        "large, and it doesn't go with --interpolate or --show-steps.")
     if args.function is train and args.latents == "flat" and args.channels:
-        raise Stop("--channels is for a grid of codes, and --latents flat has none.")
+        raise UserError("--channels is for a grid of codes, and --latents flat has none.")
     if args.function is train and not args.resume and args.prior == "normal":
-        for name in given & {"prior_epochs", "prior_lr", "prior_width"}:
-            raise Stop(f"--{name.replace('_', '-')} says how to train a flow, and --prior normal wants none.")
+        for name in given & {"prior_epochs", "prior_batch", "prior_lr", "prior_width", "prior_depth"}:
+            raise UserError(f"--{name.replace('_', '-')} says how to train a flow, and --prior normal wants none.")
 
 
 def main(argv=None):
@@ -2130,20 +2319,19 @@ def main(argv=None):
     try:
         refuse_contradictions(args)
         args.function(args)
-    except (Stop, KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
         if args.debug:
             raise
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             message = "The GPU ran out of memory; try a smaller -n."
             if args.function is train:
-                half = max(1, (args.batch or DEFAULTS["batch"]) // 2)
-                message = f"The GPU ran out of memory; try --batch {half}."
+                message = "The GPU ran out of memory; try half of the --batch, --decoder-batch or --prior-batch."
         elif isinstance(error, KeyboardInterrupt):
             message = message or "Interrupted. What was finished is kept; the same command goes on."
         sys.exit(f"\n{message}")
 
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's word counts as Ctrl-C
     main()  # in a notebook, call it yourself: main(["sample", "sheep on a hill"])
