@@ -53,6 +53,7 @@ Autoencoders" (Brown University, 2024), called "the report" below. Three papers 
 """
 import argparse
 import contextlib
+import difflib
 import errno
 import hashlib
 import http.client
@@ -174,8 +175,11 @@ def read_captions(path, words):
         photograph["captions"] += [a["caption"] for a in coco.imgToAnns[image["id"]]]
     pattern = word_pattern(words)
     chosen = [p for p in photographs.values() if any(pattern.search(caption) for caption in p["captions"])]
-    if not chosen:
-        raise UserError(f"No caption in {path} mentions any of: {', '.join(words)}.")
+    captions = [caption for photograph in photographs.values() for caption in photograph["captions"]]
+    lost = [word for word in words if "," in word and not any(map(word_pattern([word]).search, captions))]
+    if lost or not chosen:
+        hint = " Separate words by spaces, not by commas." if lost else ""
+        raise UserError(f"No caption in {path} mentions any of: {', '.join(lost or words)}.{hint}")
     return chosen
 
 
@@ -1416,12 +1420,18 @@ def as_id(value):
 def read_records(path):
     """Images and annotations of a COCO captions file; those that can't be read are counted and left out."""
     try:
-        content = json.loads(Path(path).read_bytes())
-        listed = list(content["images"]), list(content["annotations"])
+        content = json.loads(text := Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"There is no captions file at {path}; see --coco and --split.") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not a COCO captions file ({error!r:.200}).") from error
+    except (ValueError, RecursionError) as error:
+        kind = "in JSON lines" if "Extra data" in str(error) else "no JSON, or damaged, or cut short"
+        raise UserError(f"{path} is not a COCO captions file: it is {kind}.") from error
+    listed = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
+    if not all(isinstance(records, list) for records in listed):
+        missing = "annotations" if isinstance(listed[0], list) else "images"
+        kind = ("a list, as of results" if isinstance(content, list) else "the Karpathy split, images with "
+                "sentences" if b'"sentences"' in text else f"without a list of {missing}")
+        raise UserError(f"{path} is not a COCO captions file: it is {kind}.")
     fields = {field for record in listed[1] if isinstance(record, dict) for field in record}
     if "caption" not in fields and "category_id" in fields:
         raise UserError(f"{path} holds COCO's instances (outlines), not captions; take captions_... beside it.")
@@ -1441,10 +1451,19 @@ def read_records(path):
         raise UserError(f"{path} is not a COCO captions file: {bad} of its {total} records can't be read.")
     if bad:
         print(f"{bad} of {total} records in {path} lack an id, caption, name or size: skipped.")
-    for image in images:  # a name from a file is a place below a folder, not a path to anywhere
-        if not re.fullmatch(r"(\w[\w .()+-]*/)*\w[\w .()+-]*", image["file_name"]):
-            raise UserError(f"{path} names a photograph {image['file_name']!r}, which is not a plain file name.")
+    # a name from a file is a place below a folder: no drive, no part that is empty or .., no . at the end
+    for name in (image["file_name"] for image in images):
+        if re.search(r"^[A-Za-z]:|[\\\0-\x1f\x7f-\x9f\ud800-\udfff]|(^|/)(\s*(\.\.)?\s*(/|$)|\.$)", name):
+            raise UserError(f"{path} names a photograph {name!r}, which is not a plain file name.")
     return images, annotations
+
+
+def is_there(folder, photograph):
+    """Whether a photograph is a file in `folder`. A link that leads elsewhere is refused, as such a name is."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long a name, a link to itself, ...
+        if not (path := (folder / photograph["file_name"]).resolve()).is_relative_to(folder.resolve()):
+            raise UserError(f"{folder} holds a link to {path}. Link the whole folder, or copy the photographs.")
+        return path.is_file()
 
 
 def load_image(path, box):
@@ -1470,13 +1489,19 @@ def load_clip(name, device="cpu"):
 
     On CUDA the model computes in half precision. Raises UserError when the weights can't be had.
     """
-    import clip
+    from clip import available_models, load  # pip's other clip has neither: main explains
+    if not os.path.isfile(name):  # people write ViT-B-32, and open_clip ViT-B-32-quickgelu
+        plain, *known = (re.sub("[^a-z0-9]|quickgelu|px", "", n.lower()) for n in [name, *available_models()])
+        nearest = difflib.get_close_matches(plain, known, 1, 0)[0]
+        wish, name = name, available_models()[known.index(nearest)]
+        if nearest != plain:
+            hint = "" if re.search(r"^[.~/\\]|\.\w+$", wish) else f" and no such model; the nearest is {name}"
+            raise UserError(f"--clip {wish}: there is no such file{hint}.")
     try:
-        model = clip.load(name, device=device)[0]
+        model = load(name, device=device)[0]
     except Exception as error:
-        raise UserError(f"CLIP {name} could not be loaded ({first_line(error)}). --clip takes a file of CLIP "
-                   f"weights or one of {', '.join(clip.available_models())}, whose weights come from "
-                   "openaipublic.azureedge.net to ~/.cache/clip.") from error
+        raise UserError(f"--clip {name} could not be loaded ({first_line(error)}). The weights of OpenAI's models "
+                   "come from openaipublic.azureedge.net to ~/.cache/clip.") from error
     return model if torch.device(device).type == "cuda" else model.float()
 
 
@@ -1527,7 +1552,7 @@ def embed_photographs(model, paths, device, batch=32):
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
     if not kept:
-        raise UserError("None of the photographs is there and can be read.")
+        raise UserError("None of the photographs can be read.")
     return kept, images[:len(kept)], torch.cat(embeddings).cpu()
 
 
@@ -1833,7 +1858,8 @@ def sample_path(folder, label):
     """A new file name in `folder`, made of the label's letters and digits of any script, and nothing else."""
     text = unicodedata.normalize("NFKC", label).lower()
     text = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
-    name = re.sub("-+", "-", text).encode()[:120].decode(errors="ignore").strip("-") or "sample"
+    encoding = sys.getfilesystemencoding(), "ignore"  # under LC_ALL=C it may be ASCII
+    name = re.sub("-+", "-", text).encode(*encoding)[:120].decode(*encoding).strip("-") or "sample"
     if re.fullmatch(r"con|prn|aux|nul|(com|lpt)\d", name):  # these name devices on Windows
         name = f"sample-{name}"
     path, number = Path(folder) / f"{name}.png", 2
@@ -1860,6 +1886,7 @@ def save_grid(path, rows, labels):
     limit = int(14 * width)
     with new_figure(path, len(rows), 1, (width, 1.65 * len(rows))) as axes:
         for axis, row, label in zip(axes[:, 0], rows, labels):
+            label = label.encode(errors="replace").decode()  # half an emoji, as in JSON, can't be drawn
             strip = make_grid(row.float().cpu(), nrow=len(row), padding=2, pad_value=1.0)
             axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="bicubic")
             axis.set_title(label if len(label) <= limit else label[:limit] + " ...", fontsize=9,
@@ -1996,7 +2023,7 @@ def fetch_photographs(photographs, folder, base_url):
 
     failures, pool = [], ThreadPoolExecutor(16)
     try:
-        jobs = [pool.submit(fetch_one, p) for p in photographs if not (folder / p["file_name"]).exists()]
+        jobs = [pool.submit(fetch_one, p) for p in photographs if not is_there(folder, p)]
         for job in tqdm(jobs, desc="photographs", disable=not jobs):
             if error := job.exception():
                 failures.append(first_line(error))
@@ -2023,14 +2050,19 @@ def prepare(args):
     captions_path = root / f"annotations/captions_{args.split}.json"
     if not args.coco:
         fetch_annotations(captions_path, server)
+    elif not captions_path.exists() and (root / captions_path.name).exists():
+        captions_path = root / captions_path.name
     photographs = read_captions(captions_path, words)
-    folder = root / args.split
+    places = [root / args.split, root / "images" / args.split, root / "images", root][:4 if args.coco else 1]
+    folder = next((place for place in places if any(is_there(place, p) for p in photographs)), places[0])
     model = load_clip(args.clip, device)  # before the long download: a mistake should show early
     if not args.coco:
         fetch_photographs(photographs, folder, server)
-    on_disk = [p for p in photographs if (folder / p["file_name"]).exists()]
-    print(f"{len(photographs)} photographs match {', '.join(words) or 'every word'}; {len(on_disk)} are in "
-          f"{folder}, {len(photographs) - len(on_disk)} are missing.")
+    on_disk = [p for p in photographs if is_there(folder, p)]
+    if not on_disk:
+        raise UserError(f"None of the {len(photographs)} photographs is in {' or '.join(map(str, places))}.")
+    print(f"{len(photographs)} photographs match {', '.join(words) or 'every word'} in {captions_path}; "
+          f"{len(on_disk)} are in {folder}, {len(photographs) - len(on_disk)} are missing.")
     kept, images, embeddings = embed_photographs(model, [folder / p["file_name"] for p in on_disk], device)
     kept = [on_disk[i] for i in kept]
     # a photograph with fewer than five captions repeats them, one with more keeps the first five
@@ -2246,9 +2278,12 @@ def parse_arguments(argv=None):
         made.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest there is")
         return made
 
+    def text(argument):  # where LC_ALL=C, the bytes of é may arrive undecoded
+        return argument.encode(errors="surrogateescape").decode()
+
     p = command(prepare, "fetch COCO's matching photographs, crop and embed them: one data file")
     p.add_argument("--theme", choices=THEMES, help="word list that captions must match (default: bucolic)")
-    p.add_argument("--words", nargs="+", metavar="WORD", help="a word list of your own")
+    p.add_argument("--words", nargs="+", type=text, metavar="WORD", help="a word list of your own")
     p.add_argument("--split", default="train2017", type=plain_name, help="part of COCO (default: train2017)")
     p.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
     p.add_argument("--mirror", metavar="URL", help=f"address to fetch from (default: {COCO_URL})")
@@ -2268,7 +2303,7 @@ def parse_arguments(argv=None):
                    "longer: the learning rate returns to its plateau and descends at the new end")
 
     p = command(sample, "draw pictures for prompts")
-    p.add_argument("prompts", nargs="*", metavar="PROMPT")
+    p.add_argument("prompts", nargs="*", type=text, metavar="PROMPT")
     p.add_argument("-n", type=between(int, 1, 64), default=8, help="pictures per prompt (default: 8)")
     add_drawing_options(p)
     p.add_argument("--prior", choices=["flow", "normal"], help="normal: draw z from N(0, I), whatever was learned")
@@ -2314,12 +2349,14 @@ def refuse_contradictions(args):
 
 def main(argv=None):
     """Run one command; an expected failure becomes one sentence and exit status 1."""
+    for stream in sys.stdout, sys.stderr:  # what a console can't show is replaced; a notebook's shows all
+        getattr(stream, "reconfigure", dict)(errors="replace")
     args = parse_arguments(argv)
     socket.setdefaulttimeout(TIMEOUT)  # for every download, clip's own among them
     try:
         refuse_contradictions(args)
         args.function(args)
-    except (UserError, KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, KeyboardInterrupt, OSError, ImportError, torch.OutOfMemoryError) as error:
         if args.debug:
             raise
         message = str(error)
@@ -2329,6 +2366,9 @@ def main(argv=None):
                 message = "The GPU ran out of memory; try half of the --batch, --decoder-batch or --prior-batch."
         elif isinstance(error, KeyboardInterrupt):
             message = message or "Interrupted. What was finished is kept; the same command goes on."
+        elif isinstance(error, ImportError) and "clip" in str(error.name):  # two packages have this name
+            message += (". OpenAI's CLIP is in the package clip-anytorch, not in clip: pip uninstall -y clip; "
+                        "pip install --force-reinstall --no-deps clip-anytorch==2.6.0")
         sys.exit(f"\n{message}")
 
 

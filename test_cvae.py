@@ -486,7 +486,7 @@ def test_words_that_match_nothing(world, here):
     assert "zebra(.*" in said
 
 
-@pytest.mark.parametrize("name", ["../escape.jpg", "/tmp/escape.jpg", "a\0b.jpg", "", "..", "a/../b.jpg", "a//b.jpg", "a/.b.jpg", "a/", "a\\b.jpg", ".hidden"])
+@pytest.mark.parametrize("name", ["../escape.jpg", "/tmp/escape.jpg", "a\0b.jpg", "", "..", "a/../b.jpg", "a//b.jpg", "a/", "a\\b.jpg", "a/.", "C:b.jpg", "a/.. /b.jpg"])
 def test_file_names_that_try_to_leave_the_folder(here, world, name):
     coco = make_coco(here / "coco", count=3)
     path = coco / "annotations/captions_val2017.json"
@@ -1833,7 +1833,7 @@ def slow_reader(content, word):
     for record in last:
         captions = [a["caption"].strip() for a in annotations if same(a["image_id"], record["id"])]
         found.setdefault(record["file_name"], []).extend(captions)
-    if any(not re.fullmatch(r"[\w .()+-]+(/[\w .()+-]+)*", name) for name in found):
+    if any({"", ".."} & set(name.split("/")) for name in found):  # mutate knows no other names that lead elsewhere
         return None
     return {name: captions for name, captions in found.items() if any(word in caption for caption in captions)} or None
 
@@ -2216,7 +2216,7 @@ def judge_photographs_run(run, data_path, judge, guidances=(1, cvae.GUIDANCE), c
     figures = {"real": judge_kinds(judge, x, labels[test], real)}
     rebuilt = torch.cat([models["vae"](*some, cvae.IMAGE)[0] for some in zip(x.split(100), data["image_embeddings"][test].split(100))])
     figures["reconstructed"] = judge_kinds(judge, rebuilt, labels[test], real)
-    figures["reconstructed, sharpened"] = judge_kinds(judge, cvae.sharpen(rebuilt, models["vae"].gain), labels[test], real)
+    figures["reconstructed, sharpened"] = judge_kinds(judge, rebuilt, labels[test], real)
     texts = cvae.encode_texts(cvae.load_clip(config["clip"]), [prompt_of(kind) for kind in KINDS])
     own = torch.arange(16).repeat_interleave(count)
     for guidance in guidances:
@@ -2324,8 +2324,362 @@ def test_time_and_memory_grow_in_proportion(here, capsys):
         print("\n" + json.dumps(figures, indent=2))
     small, large = counts[0], counts[-1]
     pixels = (large - small) * (3 * 128**2 + 6 * 512 * 4) / 1e9  # and embeddings
-    for name, codes in (("prepare", 0), ("epoch", (large - small) * 4 * cvae.LATENT_CHANNELS * 16**2 * 2 / 1e9)):  # mu and sigma, mirrored and not, in float16
+    for name, codes in (("prepare", 0), ("epoch", (large - small) * 4 * 12 * 16**2 * 2 / 1e9)):  # mu and sigma, mirrored and not, in float16
         a, b = figures[f"{name}, {small}"], figures[f"{name}, {large}"]
         assert b["GB"] - a["GB"] < 1.25 * (pixels + codes) + 0.2  # one copy of the pixels, and of the codes
         assert b["seconds"] < 1.3 * a["seconds"] * large / small
         assert a["GB"] + (b["GB"] - a["GB"]) / (large - small) * 118_287 < 14  # all of COCO, by the straight line
+
+
+# ---------------------------------------------------------------------------------------------------
+# What users of such tools report
+
+
+def folder_of(root, names, split="val2017", place=None, seed=0):
+    """A COCO folder whose photographs, each a grey of its own, have these names where the system can hold them.
+
+    Returns root and the grey of each name that was written.
+    """
+    place = root / split if place is None else place
+    place.mkdir(parents=True, exist_ok=True)
+    images = [{"id": number, "file_name": name, "width": 8, "height": 8} for number, name in enumerate(names)]
+    captions_file(root, images, [{"image_id": number, "caption": "a sheep"} for number in range(len(names))])
+    greys = {name: 20 + 7 * number for number, name in enumerate(names)}
+    for name, grey in greys.items():
+        os.makedirs(os.path.dirname(os.path.join(place, name)), exist_ok=True)
+        Image.new("L", (8, 8), grey).save(os.path.join(place, name), format="PNG")
+    return root, greys
+
+
+def prepare_from(root, world, *options):
+    cvae.main(["prepare", "--coco", str(root), "--split", "val2017", "--words", "sheep", "--clip", str(world / "clip.pt"), *map(str, options)])
+    data = cvae.load_data(cvae.DATA)
+    return {int(number): grey for number, grey in zip(data["ids"], data["images"].float().mean((1, 2, 3)).round().int().tolist())}
+
+
+# a name, and how an address has it (RFC 3986, by hand)
+NAMES = {"it's 1.jpg": "it%27s%201.jpg", "a,b.jpg": "a%2Cb.jpg", "img@2x.jpg": "img%402x.jpg", "a&b.jpg": "a%26b.jpg",
+         "[1] a.jpg": "%5B1%5D%20a.jpg", "p#3.jpg": "p%233.jpg", "50%25.jpg": "50%2525.jpg", "-a.jpg": "-a.jpg",
+         ".hidden.jpg": ".hidden.jpg", " a.jpg": "%20a.jpg", "what?.jpg": "what%3F.jpg", "a..b.jpg": "a..b.jpg", "...jpg": "...jpg",
+         "12:30.jpg": "12%3A30.jpg", "~a$HOME.jpg": "~a%24HOME.jpg", "été/山 🐑.jpg": "%C3%A9t%C3%A9/%E5%B1%B1%20%F0%9F%90%91.jpg",
+         "(a)=b;c!*+^`{}|<>\".jpg": "%28a%29%3Db%3Bc%21%2A%2B%5E%60%7B%7D%7C%3C%3E%22.jpg", "noending": "noending"}
+
+
+def test_ordinary_characters_in_names_are_opened_on_disk(here, world):
+    root, greys = folder_of(here / "coco", NAMES)
+    assert prepare_from(root, world) == dict(enumerate(greys.values()))
+
+
+def test_ordinary_characters_in_names_are_encoded_in_addresses(here, world, mirror, hurry):
+    shutil.rmtree(mirror.root)
+    root, greys = folder_of(mirror.root, NAMES.values(), "train2017")  # the server's files have the addresses' names
+    captions = mirror.root / "annotations/captions_train2017.json"
+    content = json.loads((mirror.root / "annotations/captions_val2017.json").read_text())
+    for record, name in zip(content["images"], NAMES):
+        record["file_name"] = name
+    with zipfile.ZipFile(mirror.root / "annotations/annotations_trainval2017.zip", "w") as archive:
+        archive.writestr("annotations/captions_train2017.json", json.dumps(content))
+    cvae.main(["prepare", "--mirror", mirror.url, "--words", "sheep", "--clip", str(world / "clip.pt")])
+    assert set(mirror.requests[1:]) == {f"/train2017/{address}" for address in NAMES.values()}
+    files = {str(path.relative_to("data/coco/train2017")): path for path in Path("data/coco/train2017").rglob("*") if path.is_file()}
+    assert set(files) == set(NAMES)
+    for name, address in NAMES.items():
+        assert Image.open(files[name]).getpixel((0, 0)) == greys[address]
+
+
+def test_names_that_no_file_can_have_are_missing(here, world):
+    root, greys = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg"])
+    path = root / "annotations/captions_val2017.json"
+    content = json.loads(path.read_text())
+    content["images"] += [{"id": 9, "file_name": name, "width": 8, "height": 8} for name in ("x" * 300, "羊" * 90 + ".jpg", "a.jpg/b.jpg", "y/" * 3000 + "z")]
+    for number, record in enumerate(content["images"][3:], 9):
+        record["id"] = number
+        content["annotations"].append({"image_id": number, "caption": "a sheep"})
+    (root / "val2017/loop.jpg").symlink_to("loop.jpg")
+    (root / "val2017/gone.jpg").symlink_to("nothing.jpg")
+    for number, name in ((20, "loop.jpg"), (21, "gone.jpg")):
+        content["images"].append({"id": number, "file_name": name, "width": 8, "height": 8})
+        content["annotations"].append({"image_id": number, "caption": "a sheep"})
+    path.write_text(json.dumps(content))
+    assert prepare_from(root, world) == {0: 20, 1: 27, 2: 34}
+    content["images"][3]["file_name"] = "half \ud83d.jpg"  # half an emoji, which JSON can hold and a file system can't
+    path.write_text(json.dumps(content))
+    assert "not a plain file name" in stops("prepare", "--coco", root, "--split", "val2017", "--words", "sheep", "--clip", world / "clip.pt")
+
+
+def test_links_may_lead_anywhere_but_out_of_the_folder(here, world):
+    root, greys = folder_of(here / "cache", ["a.jpg", "b.jpg", "sub/c.jpg"])
+    (here / "coco").mkdir()
+    shutil.move(root / "annotations", here / "coco/annotations")
+    (here / "coco/val2017").symlink_to(root / "val2017")  # the folder is a link
+    (root / "val2017/a.jpg").rename(root / "val2017/A.jpg")
+    (root / "val2017/a.jpg").symlink_to("A.jpg")  # and a photograph is one, within the folder
+    assert prepare_from(here / "coco", world) == {0: 20, 1: 27, 2: 34}
+    for link in ("b.jpg", "sub"):
+        kept = root / "val2017" / link
+        kept.rename(here / link)
+        kept.symlink_to(here / link)
+        said = stops("prepare", "--coco", "coco", "--split", "val2017", "--words", "sheep", "--clip", world / "clip.pt")
+        assert "link" in said and str(here / link) in said and "\n" not in said
+        kept.unlink()
+        (here / link).rename(kept)
+
+
+class Seen(Exception):
+    """Carries the paths that prepare would have opened."""
+
+
+def random_name(dice):
+    pieces = ["/", "..", ".", "\\", "../", "C:", "out/", "leak.png", "planted.png", "ok/", " ", "\n", "\0", "\x7f", "\x85", "é", "山", "ش", "Ж", "🐑", "%2e%2e/",
+              "~", "'", "&", "#", "*", ":", "|", "-"]
+    letters = "abcXYZ0189"
+    return "".join(dice.choice(pieces) if dice.random() < 0.3 else dice.choice(letters) for _ in range(dice.randint(1, 9)))
+
+
+def test_a_name_leads_to_its_place_in_the_folder_or_nowhere(here, monkeypatch):
+    def see(model, paths, device):
+        raise Seen(paths)
+
+    monkeypatch.setattr(cvae, "load_clip", lambda *_: None)
+    monkeypatch.setattr(cvae, "embed_photographs", see)
+    outcomes = {"seen": 0, "refused": 0}
+    root = here / "a/b/coco"
+    for place in (here, here / "a", here / "a/b", root, here / "elsewhere"):
+        place.mkdir(parents=True, exist_ok=True)
+        if place != root:
+            Image.new("L", (8, 8), 255).save(place / "planted.png")  # white: outside
+    folder = root / "val2017"
+    folder.mkdir()
+    (folder / "out").symlink_to(here / "elsewhere")
+    (folder / "leak.png").symlink_to(here / "planted.png")
+    forced = ["../planted.png", "../../planted.png", f"{here}/planted.png", "out/planted.png", "leak.png", "ok/../../../planted.png"]
+    args = cvae.parse_arguments(["prepare", "--coco", str(root), "--split", "val2017", "--words", "sheep"])
+    for seed in range(300):
+        dice = random.Random(seed)
+        name = forced[seed] if seed < len(forced) else random_name(dice)
+        grey, there = dice.randrange(250), False
+        parts = name.split("/")
+        within = not {"", ".", "..", "out"} & set(parts) and name != "leak.png" and "\0" not in name
+        if within:  # written by plain os calls, one folder after the other
+            shutil.rmtree(folder / "ok", ignore_errors=True)
+            try:
+                os.makedirs(os.path.dirname(f"{folder}/{name}"), exist_ok=True)
+                with open(f"{folder}/{name}", "wb") as file:
+                    Image.new("L", (8, 8), grey).save(file, "PNG")
+                there = True
+            except OSError:
+                pass
+        captions_file(root, [{"id": 1, "file_name": name, "width": 8, "height": 8}], [{"image_id": 1, "caption": "a sheep"}])
+        try:
+            cvae.prepare(args)
+        except Seen as seen:
+            [path] = seen.args[0]
+            with Image.open(path) as picture:
+                assert there and picture.getpixel((0, 0)) == grey and os.path.realpath(path) == f"{folder.resolve()}/{name}", (seed, name)
+            outcomes["seen"] += 1
+        except cvae.UserError as stop:
+            assert "\n" not in str(stop), (seed, name)
+            plain = not any(unicodedata.category(c) == "Cc" or c == "\\" for c in name) and not name.startswith("C:")
+            assert not (there and plain and all(map(str.strip, parts))), (seed, name, stop)  # no name is refused for its letters
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 60, outcomes
+
+
+# The other clip, and other spellings of CLIP
+
+
+@pytest.fixture
+def other_clip(tmp_path_factory):
+    """What `pip install clip` brings: a package of this name that loads no model."""
+    root = tmp_path_factory.mktemp("site")
+    (root / "clip").mkdir()
+    (root / "clip/__init__.py").write_text("__version__ = '0.2.0'\n")
+    return root
+
+
+def is_help_with_clip(said):
+    return ("clip-anytorch" in said and "pip uninstall -y clip; pip install" in said and "clip-anytorch==2.6.0" in said and "\n" not in said
+            and "attribute" not in said)
+
+
+@pytest.mark.parametrize("there", ["other", "none"])
+def test_another_clip_or_none_is_explained_in_one_sentence(here, world, run_folder, other_clip, monkeypatch, there):
+    for name in [name for name in sys.modules if name.split(".")[0] == "clip"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(other_clip))
+    if there == "none":
+        monkeypatch.setitem(sys.modules, "clip", None)
+    monkeypatch.setattr(cvae, "draw_toy_world", lambda root: None)
+    for command in (["prepare", "--coco", world / "coco", "--split", "val2017", "--words", "sheep", "--clip", world / "clip.pt"],
+                    ["sample", "a sheep", "--checkpoint", run_folder], ["evaluate", "--checkpoint", run_folder], ["demo"]):
+        said = stops(*command)
+        assert is_help_with_clip(said), said
+        assert there == "none" or command == ["demo"] or str(other_clip / "clip/__init__.py") in said  # which one is there
+
+
+@pytest.mark.slow
+def test_another_clip_as_a_user_meets_it(here, world, other_clip):
+    process = subprocess.run([sys.executable, HERE / "cvae.py", "prepare", "--coco", world / "coco", "--split", "val2017", "--words", "sheep"],
+                             capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(other_clip), "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 1 and is_help_with_clip(process.stderr.strip()) and "Traceback" not in process.stderr, process.stderr
+
+
+@pytest.mark.parametrize("spelling, model", [
+    ("ViT-B-32", "ViT-B/32"), ("vit-b/32", "ViT-B/32"), ("ViT-B/32-quickgelu", "ViT-B/32"), ("ViT-B-32-quickgelu", "ViT-B/32"), ("vit_b_16", "ViT-B/16"),
+    ("ViT-L-14-336", "ViT-L/14@336px"), ("rn50X64", "RN50x64"), ("ViT-L/14", "ViT-L/14"), ("RN50-quickgelu", "RN50")])
+def test_known_spellings_of_clip_are_taken(here, monkeypatch, spelling, model):
+    import clip
+    asked = []
+    monkeypatch.setattr(clip, "load", lambda name, device: (asked.append(name), (nn.Linear(1, 1),))[1])
+    cvae.load_clip(spelling)
+    assert asked == [model]
+
+
+@pytest.mark.parametrize("name, nearest", [("ViT-B/99", "ViT-B/32"), ("ViT-H-14", "ViT-L/14"), ("resnet50", "RN50"), ("openai/clip-vit-base-patch32", "ViT-B/32"),
+                                           ("models/clip.pt", None), ("weights.pt", None), ("./clip", None), ("~/clip", None), ("/no/clip", None)])
+def test_a_clip_that_is_not_there_is_one_short_sentence(here, name, nearest):
+    with pytest.raises(cvae.UserError) as stop:
+        cvae.load_clip(name)
+    said = str(stop.value)
+    assert said.startswith(f"--clip {name}: there is no such file") and len(said) < 120 and said.count(".") - name.count(".") == 1
+    assert said.endswith(f"the nearest is {nearest}." if nearest else "no such file.")
+
+
+# Consoles and arguments
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_every_command_prints_its_names_on_every_console(here, world, monkeypatch, encoding):
+    monkeypatch.setattr(cvae, "save_grid", lambda path, *_: Path(path).touch())  # what is drawn is not printed
+    root, _ = folder_of(here / "Wiese é 山", ["été 山.jpg", "c 🐑.jpg", *(f"{n}.jpg" for n in range(8))])
+    (root / "val2017/été 山.jpg").write_bytes(b"no picture")
+    (root / "val2017/c 🐑.jpg").unlink()
+    clip_path, run = shutil.copy(world / "clip.pt", here / "网络.pt"), "lauf é 山"
+
+    def said(*argv):
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors, write_through=True) for errors in ("strict", "backslashreplace"))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            try:
+                cvae.main(list(map(str, argv)))
+            except SystemExit as stop:
+                print(stop.code, file=sys.stderr)
+            else:
+                assert encoding != "utf-8" or "?" not in out.buffer.getvalue().decode()
+        return out.buffer.getvalue().decode(encoding) + err.buffer.getvalue().decode(encoding)
+
+    def shown(text):
+        return text.encode(encoding, "replace").decode(encoding)
+
+    heard = said("prepare", "--coco", root, "--split", "val2017", "--words", "sheep", "Schäfchen", "--clip", clip_path, "--data", "daten 山.pt")
+    assert shown(f"sheep, Schäfchen in {root}") in heard and shown("skipped: ") in heard and shown("été 山.jpg") in heard and "1 to judge by" in heard
+    heard = said("train", "--data", "daten 山.pt", "--epochs", 1, "--prior", "normal", "--channels", 1, "--run", run)
+    assert shown(f"{run}: 6 photographs") in heard and Path(run, "best.pt").exists(), heard
+    (here / "é 羊.png").write_bytes((root / "val2017/1.jpg").read_bytes())
+    heard = said("sample", "山上的羊", "é", "sheep " * 90 + "山", "--checkpoint", run, "-n", 1, "--out", "bilder é 山", "--image", "é 羊.png", "--separate")
+    files = sorted(Path("bilder é 山").iterdir())
+    assert len(files) == 5 and all(shown(str(path)) in heard for path in files) and "was cut" in heard
+    assert shown(f"Also in {run}") in said("evaluate", "--checkpoint", run)
+    assert shown("kein 山.pt") in said("evaluate", "--checkpoint", "kein 山.pt")  # a refusal, too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding, expected", [("cp1252", "samples/??-é.png"), ("ascii", "samples/??-?.png")])
+def test_a_console_as_a_user_has_it(here, run_folder, encoding, expected):
+    process = subprocess.run([sys.executable, HERE / "cvae.py", "sample", "山上 é", "--checkpoint", run_folder, "-n", "1"], capture_output=True,
+                             env=os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0 and process.stdout.decode(encoding).strip() == expected and b"Traceback" not in process.stderr
+    assert [path.name for path in Path("samples").iterdir()] == ["山上-é.png"]
+
+
+def test_file_names_hold_what_the_file_system_can(here, monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert cvae.sample_path(here, "é sheep").name == "sheep.png" and cvae.sample_path(here, "山").name == "sample.png"
+
+
+@pytest.mark.slow
+def test_a_console_without_utf8_mode(here, run_folder):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
+    process = subprocess.run([sys.executable, HERE / "cvae.py", "sample", "é sheep", "--checkpoint", run_folder, "-n", "1"], capture_output=True,
+                             env=plain | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0 and b"Traceback" not in process.stderr, process.stderr.decode()
+    assert process.stdout.decode().strip() == "samples/sheep.png" and Path("samples/sheep.png").exists()  # what an ASCII file system can hold
+
+
+def undecoded(text, encoding="utf-8"):
+    """As Python gets an argument of these bytes where the locale is no UTF-8."""
+    return text.encode(encoding).decode("ascii", "surrogateescape")
+
+
+def test_arguments_are_decoded_or_refused(here, world, run_folder, monkeypatch, capsys):
+    labels = []
+    monkeypatch.setattr(cvae, "save_grid", lambda path, rows, texts: labels.extend(texts))
+    cvae.main(["sample", undecoded("山 é"), "a sheep", "--checkpoint", str(run_folder), "-n", "1"])
+    assert labels == ["山 é", "a sheep"]
+    assert "é山" in stops("prepare", "--words", undecoded("é山"), "--coco", world / "coco", "--split", "val2017", "--clip", world / "clip.pt")
+    capsys.readouterr()
+    for argv in (["sample", undecoded("é", "latin-1")], ["prepare", "--words", "sheep", undecoded("é", "latin-1")], ["sample", "half \ud83d"]):
+        with pytest.raises(SystemExit) as stop:
+            cvae.main(argv)
+        [said] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert stop.value.code == 2 and re.search(r"(PROMPT|--words): invalid text value: '.*\\u", said), said
+
+
+def test_names_of_bytes_that_are_no_text_are_drawn_and_printed(here, run_folder, capsys):
+    name = undecoded("é.png", "latin-1")
+    Image.new("RGB", (8, 8)).save(here / "a.png")
+    os.rename("a.png", name)
+    cvae.main(["sample", "--image", name, "--checkpoint", str(run_folder), "-n", "1", "--out", undecoded("Bildér", "latin-1")])
+    assert capsys.readouterr().out.strip() == "Bild?r/variations-of-png.png" and (here / undecoded("Bildér", "latin-1") / "variations-of-png.png").exists()
+    cvae.save_grid(here / "b.png", [torch.zeros(1, 3, 8, 8)], ["a caption that ends in half an emoji \ud83d"])
+
+
+# Captions files of other layouts, commas, other folders
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"images": [{"filename": "a.jpg", "sentences": [{"raw": "a sheep"}]}], "dataset": "coco"}', "Karpathy"),
+    ('[{"image_id": 1, "caption": "a sheep"}]', "list, as of results"), ("[]", "list, as of results"),
+    ('{"image": "a.jpg", "caption": "a sheep"}\n{"image": "b.jpg", "caption": "a cow"}\n', "JSON lines"),
+    ('{"image": "a.jpg", "caption": "a sheep"}', "without a list of images"), ('{"annotations": []}', "without a list of images"),
+    ('{"images": []}', "without a list of annotations"), ('{"images": [], "annotations": {}}', "without a list of annotations"),
+    ('{"images": [', "cut short"), ("", "no JSON"), ("\u00ff\ud800", "no JSON"), ("[" * 100_000, "no JSON"), ("7", "without a list of images"), ("null", "without")])
+def test_captions_files_of_other_layouts_are_named_without_an_exception(here, content, words):
+    (here / "captions.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(cvae.UserError) as stop:
+        cvae.read_captions(here / "captions.json", ["sheep"])
+    said = str(stop.value)
+    assert words in said and "is not a COCO captions file" in said and "\n" not in said and not re.search(r"Error|indices|None|Expecting|codec", said), said
+
+
+def test_a_comma_between_words_earns_a_hint(here):
+    path = captions_file(here, [image(1)], [{"image_id": 1, "caption": "a sheep, far away"}])
+    for words in (["sheep,cow"], ["sheep,cow", "sheep"], ["cow,", "horse"]):
+        with pytest.raises(cvae.UserError, match=f"mentions any of: {words[0]}. Separate words by spaces, not by commas."):
+            cvae.read_captions(path, words)
+    assert len(cvae.read_captions(path, ["sheep, far"])) == len(cvae.read_captions(path, ["sheep,", "cow"])) == 1  # where it matches, it is meant
+    with pytest.raises(cvae.UserError, match="of: cow, horse.$"):
+        cvae.read_captions(path, ["cow", "horse"])
+
+
+@pytest.mark.parametrize("place", ["val2017", "images/val2017", "images", "."])
+@pytest.mark.parametrize("captions", ["annotations", "."])
+def test_photographs_and_captions_in_the_usual_other_places(here, world, capsys, place, captions):
+    root, greys = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg"], place=here / "coco" / place)
+    name = "captions_val2017.json"
+    shutil.move(root / "annotations" / name, root / captions / name)
+    (root / place / "a.jpg").unlink()  # the first one alone is no evidence
+    Image.new("L", (8, 8), 99).save(root / place / "b2.jpg")
+    shutil.move(root / place / "b2.jpg", root / place / "a.jpg")
+    assert prepare_from(root, world) == {0: 99, 1: 27, 2: 34}
+    said = capsys.readouterr().out
+    assert f"3 are in {root / place}, 0 are missing" in said and f"in {root / captions / name};" in said
+
+
+def test_a_place_that_is_searched_in_vain_is_named(here, world):
+    root, _ = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg"], place=here / "coco/photos")
+    said = stops("prepare", "--coco", root, "--split", "val2017", "--words", "sheep", "--clip", world / "clip.pt")
+    for place in (root / "val2017", root / "images/val2017", root / "images", root):
+        assert re.search(rf"(in|or) {re.escape(str(place))}( or|\.$)", said), (place, said)
+    assert "None of the 3 photographs" in said and "\n" not in said
