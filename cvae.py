@@ -1535,17 +1535,18 @@ def embed_photographs(model, paths, device, batch=32):
     # holds Python's lock for a twentieth of its time, so that threads will do, and notebooks can start them.
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(cores)
-    batches = [paths[start:start + batch] for start in range(0, len(paths), batch)]
+    starts = range(0, len(paths), batch)
+    batches = [paths[start:start + batch] for start in starts]
     images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
     kept, embeddings = [], []
     try:
         with tqdm(total=len(paths), desc="CLIP, images", unit="img") as bar:
-            for good, problems, for_vae, embedding in pool.map(work, batches):
+            for start, (good, problems, for_vae, embedding) in zip(starts, pool.map(work, batches)):
                 for problem in problems:
                     tqdm.write(f"skipped: {problem}")
                 if good:
                     images[len(kept):len(kept) + len(good)] = for_vae
-                    kept += [bar.n + number for number in good]
+                    kept += [start + number for number in good]
                     embeddings.append(embedding)
                 bar.update(len(good) + len(problems))
     finally:  # also on Ctrl-C: what has not started never does

@@ -2353,7 +2353,7 @@ def folder_of(root, names, split="val2017", place=None, seed=0):
 
 def prepare_from(root, world, *options):
     cvae.main(["prepare", "--coco", str(root), "--split", "val2017", "--words", "sheep", "--clip", str(world / "clip.pt"), *map(str, options)])
-    data = cvae.load_data(cvae.DATA)
+    data = cvae.load_data(cvae.CONFIG["data"])
     return {int(number): grey for number, grey in zip(data["ids"], data["images"].float().mean((1, 2, 3)).round().int().tolist())}
 
 
