@@ -593,7 +593,7 @@ def fit(run, stage, networks, loss, validate, draw):
     epochs, batch, peak = (run.config[name if stage == "vae" else f"{stage}_{name}"]
                            for name in ("epochs", "batch", "lr"))
     batch = max(1, min(batch, len(train)) // world) * world  # few photographs still train
-    epoch_steps = len(train) // batch                        # the rest has its turn after another shuffle
+    epoch_steps = max(1, len(train) // batch)                # the rest has its turn after another shuffle
     total, period = epochs * epoch_steps, math.ceil(epochs / 30) * epoch_steps  # at most thirty validations
     ema = deepcopy(networks).requires_grad_(False).eval()
     run.models |= {name: network for name, network in ema.items() if name in run.models}
@@ -1283,7 +1283,7 @@ def compiled(network, run):
     return torch.compile(network)
 
 
-# Several processes: `torchrun --nproc_per_node N cvae.py train ...`. Each takes its share of every batch, and all
+# Several processes: `torchrun --nproc_per_node N -- cvae.py train ...`. Each takes its share of every batch, and all
 # take the same step, by the mean of their gradients. The first one writes and prints.
 
 def processes():
@@ -1303,8 +1303,9 @@ def average_gradients(networks):
     """Replace all gradients by their means over the processes, in one message."""
     if dist.is_initialized():
         gradients = [p.grad for p in networks.parameters() if p.grad is not None]
-        message = mean_over_processes(nn.utils.parameters_to_vector(gradients))
-        nn.utils.vector_to_parameters(message, gradients)
+        message = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, mean in zip(gradients, message.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def any_process(stop, device):
@@ -1690,7 +1691,8 @@ def restore(run, stage, state):
     """Begin a stage, or go on where last.pt left it: the losses since the last report, the number of steps done."""
     if run.resumed:
         for name, part in state.items():
-            part.load_state_dict(run.resumed[name])
+            if run.resumed[name]:  # a scaler's is empty unless it was float16 that the run computed in
+                part.load_state_dict(run.resumed[name])
         return [torch.tensor(loss, device=run.device) for loss in run.resumed["losses"]], run.resumed["done"]
     save_last(run, stage, state, [], 0)
     return [], 0

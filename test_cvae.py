@@ -5,6 +5,7 @@ photographs and judges their pictures. An oracle is never cvae.py itself: torch.
 hand-picked captions, a server that misbehaves on purpose.
 """
 import concurrent.futures
+import contextlib
 import functools
 import http.server
 import importlib.util
@@ -20,21 +21,28 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
+import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
 import warnings
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import cvae
 
@@ -97,7 +105,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def hardly_any_pictures(request, monkeypatch):
     """Drawing is half of a short training, and only run_folder's pictures are looked at: it is made before this begins."""
-    if request.node.get_closest_marker("bars") is None:
+    if not any(request.node.get_closest_marker(name) for name in ("bars", "gpu")):
         monkeypatch.setattr(cvae, "save_curves", lambda *_: None)
         monkeypatch.setattr(cvae, "save_prior_picture", lambda *_: None)
 
@@ -1708,6 +1716,303 @@ def test_activations_and_codes_of_a_trained_model_fit_float16(world, run_folder)
 
 
 # ---------------------------------------------------------------------------------------------------
+# A pretended card: the arithmetic is the processor's, but each tensor knows where a CUDA card or a Mac would hold it
+
+
+CPU, WHERE = torch.device("cpu"), WeakTensorKeyDictionary()
+SAVE_PRIOR_PICTURE = cvae.save_prior_picture
+MIXED = {"copy_", "set_", "swap_tensors", "__getitem__", "__setitem__"}  # in these, tensors of several devices may meet
+
+
+def where(tensor):
+    return WHERE.get(tensor, CPU)
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]
+
+
+class Pretend(TorchFunctionMode):
+    """Raises what PyTorch raises on a card: see the messages below. It can't show speed, memory, compiling, float16's range."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def place(self, device):  # a card's tensor says "cuda:0", never "cuda"
+        return torch.device(self.kind, 0) if torch.device(device).type == self.kind else torch.device(device)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, args, name, found = dict(kwargs or {}), list(args), getattr(func, "__name__", ""), tensors_in([args, kwargs or {}])
+        first, target = next(iter(found), None), None
+        if func == torch.Tensor.device.__get__:
+            return where(first)
+        if func in (torch.Tensor.is_cuda.__get__, torch.Tensor.is_cpu.__get__, torch.Tensor.is_mps.__get__):
+            return func == getattr(torch.Tensor, f"is_{where(first).type}").__get__
+        if name == "_has_compatible_shallow_copy_type":
+            return True
+        if name == "pin_memory":
+            assert where(first) == CPU, f"cannot pin a tensor on {where(first)}: only dense CPU tensors can be pinned"
+            return first
+        assert name not in ("numpy", "__array__", "data_ptr") or where(first) == CPU, f"{name} of a tensor on {where(first)}"
+        if name == "to":  # the device may be an argument without a name
+            for number, argument in enumerate(args[1:], 1):
+                if isinstance(argument, (str, torch.device, torch.Tensor)):
+                    target = where(argument) if isinstance(argument, torch.Tensor) else self.place(argument)
+                    args[number] = argument if isinstance(argument, torch.Tensor) else CPU
+        if kwargs.get("device") is not None:
+            target, kwargs["device"] = self.place(kwargs["device"]), CPU
+        target = CPU if name == "cpu" else target
+        generator = kwargs.get("generator")
+        assert generator is None or target in (None, generator.device), f"a generator on {generator.device} for a tensor on {target}"
+        places = {where(tensor) for tensor in found if tensor.dim() > 0 or where(tensor) != CPU or name in ("stack", "cat")}
+        if target is None and name not in MIXED and func not in (torch.Tensor.data.__set__, torch.Tensor.grad.__set__):
+            assert len(places) < 2, f"Expected all tensors to be on the same device, but {name} found {sorted(map(str, places))}"
+        if name in ("__getitem__", "__setitem__") and (index := tensors_in(args[1])):
+            assert {where(tensor) for tensor in index} <= {CPU, where(first)}, f"an index on the card into a tensor in memory, in {name}"
+            assert all(where(value) == where(first) or not value.dim() for value in tensors_in(args[2:])), f"{name} of a value elsewhere"
+        if target is None:
+            target = where(first) if name in MIXED else next(iter(places), CPU)
+        out = func(*args, **kwargs)
+        if func == torch.Tensor.data.__set__:
+            WHERE[first] = where(args[1])
+        if name in ("to", "cpu", "as_tensor") and out is first and where(first) != target:
+            out = first.clone()  # a copy is where it was asked for, and its source stays
+        for tensor in tensors_in(out):
+            WHERE[tensor] = target
+            assert (target.type, tensor.dtype) != ("mps", torch.float64), f"the MPS framework doesn't support float64: {name}"
+        return out
+
+
+@contextlib.contextmanager
+def pretended(kind, monkeypatch, room=2**33):
+    """Within this block PyTorch seems to see a CUDA card like a T4, with this many bytes free, or a Mac's."""
+    def with_device(function):  # only for as long as cvae asks: PyTorch itself must not look for a card
+        def ask(*args):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+                patch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+                patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+                return function(*args)
+        return ask
+
+    class Pool(cvae.ThreadPoolExecutor):  # a mode is one thread's: hand it to the others
+        def submit(self, function, *args):
+            def work():
+                with Pretend(kind):
+                    return function(*args)
+            return super().submit(work)
+
+    def deepcopy_parameter(parameter, memo, copy=nn.Parameter.__deepcopy__):
+        out = copy(parameter, memo)
+        WHERE[out] = where(parameter)
+        return out
+
+    scaler = torch.amp.GradScaler  # "cuda" would find no card; the processor's follows the same path
+    for thing, name, value in ((cvae, "choose_device", with_device(cvae.choose_device)), (cvae, "ThreadPoolExecutor", Pool),
+                               (cvae, "choose_precision", with_device(cvae.choose_precision)), (cvae, "compiled", lambda network, run: network),
+                               (cvae, "save_prior_picture", SAVE_PRIOR_PICTURE), (torch.cuda, "mem_get_info", lambda *_: (room, room)),
+                               (nn.Parameter, "__deepcopy__", deepcopy_parameter),
+                               (torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", enabled=enabled))):
+        monkeypatch.setattr(thing, name, value)
+    with Pretend(kind):
+        yield
+
+
+@pytest.mark.parametrize("kind, precision, room", [("cuda", "float32", 2**33), ("cuda", "float16", 1), ("mps", "float32", 2**33)])
+def test_every_command_on_a_pretended_card(world, here, monkeypatch, kind, precision, room):
+    """room: 1 leaves the pictures in the computer's memory."""
+    monkeypatch.setattr(cvae.draw_toy_world, "__defaults__", (40,))
+    monkeypatch.setattr(cvae.train_toy_clip, "__defaults__", (2, 8))
+    monkeypatch.setattr(cvae, "DEMO_PROMPTS", cvae.DEMO_PROMPTS[:2])
+    monkeypatch.setattr(cvae, "STEPS", 3)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())  # drawing would take half of the time
+    monkeypatch.setattr(Figure, "tight_layout", lambda *_, **__: None)
+    shutil.copytree(world / "coco", "coco")
+    shutil.copy(world / "clip.pt", "clip.pt")
+    train = f"train --data d.pt --epochs 1 --batch 8 --decoder-epochs 1 --precision {precision}"
+    flow = f"{train} --model small --prior-epochs 1 --prior-width 64"
+    lines = ["train --resume --run r --prior-epochs 2", f"{flow} --latents flat --objective original --decoder-epochs 0",
+             f"{train} --model small --prior normal"]
+    if precision == "float32":
+        lines += ["sample sheep cow -n 2 --separate --checkpoint r", "sample sheep -n 2 --rerank 4 --checkpoint r", "evaluate --checkpoint r",
+                  "sample sheep cow --interpolate --checkpoint r", "sample sheep --show-steps --checkpoint r",
+                  "sample --image coco/val2017/000000000001.jpg -n 2 --checkpoint r", "demo --epochs 1 --decoder-epochs 1 --prior-epochs 1"]
+    with pretended(kind, monkeypatch, room):
+        on_it = torch.zeros(4, 3, 8, 8, dtype=torch.uint8).to(kind)
+        assert cvae.get_images(on_it, torch.arange(2), torch.device(kind)).device == torch.device(kind, 0)  # whether numbered or not
+        cvae.main("--debug prepare --coco coco --split val2017 --words sheep cow horse --clip clip.pt --data d.pt".split())
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cvae, "any_process", lambda *_: True)  # told to stop in its first step
+            cvae.main(["--debug", *f"{flow} --run r --dropout".split()])
+        for line in lines:
+            cvae.main(["--debug", *line.split()])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Several processes, and trainings that are ended from outside
+
+
+DRIVER = """
+    import os, signal, sys, torch
+    sys.path.insert(0, sys.argv.pop(1))
+    import cvae
+    rank, steps = os.environ["RANK"], []
+
+    def after(name, act):
+        function = getattr(cvae, name)
+
+        def both(*args):
+            function(*args)
+            act(*args)
+
+        setattr(cvae, name, both)
+
+    def keep_gradient(networks):
+        if not steps:
+            gradients = {name: p.grad.clone() for name, p in networks.named_parameters() if p.grad is not None}
+            torch.save(gradients | {"mean of ranks": cvae.mean_over_processes(torch.tensor(float(rank)))}, f"gradient-{rank}.pt")
+
+    def keep_step(networks, *_):
+        steps.append(1)
+        if len(steps) == 1:
+            torch.save(networks.state_dict(), f"first-{rank}.pt")
+        with open(f"step-{rank}.part", "w") as file:
+            file.write(f"{os.getpid()} {len(steps)}")
+        os.replace(f"step-{rank}.part", f"step-{rank}")
+
+    after("average_gradients", keep_gradient)
+    after("take_step", keep_step)
+    after("fit", lambda run, stage, networks, *_: torch.save([networks.state_dict(), run.models["vae"].state_dict()], f"{stage}-{rank}.pt"))
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGTERM as in cvae.py; and what a shell starts in its background is deaf to Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    cvae.main(sys.argv[1:])
+"""
+
+
+@contextlib.contextmanager
+def two_processes(here, *options):
+    """`cvae.py train` under torchrun, in a process group of its own; ended with the block."""
+    (here / "driver.py").write_text(textwrap.dedent(DRIVER))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_addr", "127.0.0.1", "--master_port", port, "--"]
+    process = subprocess.Popen([*map(str, [*torchrun, here / "driver.py", HERE, "train", *options])], cwd=here, start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_two_processes_take_the_step_of_one_with_the_same_batch(world, here, monkeypatch):
+    options = ["--data", world / "data.pt", *SMALL, "--epochs", 1, "--decoder-epochs", 1, "--prior-epochs", 1]
+    with two_processes(here, *options, "--run", "two") as process:
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and said.count("vae, epoch 1/1") == 1, said  # one of them prints
+    for name in ("gradient", "first"):  # the first step's, and the weights after it
+        assert_equal(*(torch.load(f"{name}-{rank}.pt") for rank in (0, 1)))
+    for stage in ("vae", "decoder", "prior"):
+        for a, b in zip(*(torch.load(f"{stage}-{rank}.pt") for rank in (0, 1))):
+            assert_equal(a, b)
+    caught = []
+
+    def catch(run, stage, networks, loss, *_):
+        caught.extend([run, networks, loss])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cvae, "fit", catch)
+    stops("train", *options, "--run", "one")
+    run, networks, loss = caught
+    batch, said_by, gradients = cvae.shuffled(cvae.indices(run.data, cvae.TRAIN), 0)[:8], {0: [], 1: []}, []
+    for known in (False, True):  # first each process's own figures, then with the mean of both, as the loss asks for it
+        for rank in (0, 1):
+            asked = iter(zip(*said_by.values()) if known else ())
+            monkeypatch.setattr(cvae, "mean_over_processes", lambda figure: sum(next(asked)) / 2 if known else said_by[rank].append(figure) or figure)
+            networks.zero_grad()
+            torch.manual_seed(rank)
+            loss(batch[rank::2], 0.0).backward()
+            gradients.append([p.grad.clone() for p in networks.parameters()])
+    assert len(said_by[0]) == len(said_by[1]) == 2  # the loss asked for the variance of all, and the running variance did
+    found, first = torch.load("gradient-0.pt"), torch.load("first-0.pt")
+    assert found["mean of ranks"] == 0.5  # twice the gradient by twice the variance would not show below
+    for (name, p), a, b in zip(networks.named_parameters(), *gradients[2:]):
+        p.grad = (a + b) / 2
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item() + 1e-9, msg=name)
+    nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+    total = len(cvae.indices(run.data, cvae.TRAIN)) // 8
+    torch.optim.AdamW(networks.parameters(), cvae.learning_rate(0, total, run.config["lr"]), (0.9, 0.99), foreach=False).step()
+    for name, p in networks.named_parameters():  # Adam's first step is a sign: where a gradient is nearly zero it may be either
+        assert ((first[name] - p.detach()).abs() < 1e-6).float().mean() > 0.99, name
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM to all", "kill -9 of one"])
+def test_the_end_of_one_process_is_the_end_of_all_and_another_number_goes_on(world, here, end):
+    with two_processes(here, "--data", world / "data.pt", *SMALL, "--epochs", 300, "--decoder-epochs", 0, "--run", "run") as process:
+        steps, until = [here / "step-0", here / "step-1"], time.monotonic() + 60
+        while not all(path.exists() and int(path.read_text().split()[1]) >= 5 for path in steps) and time.monotonic() < until:
+            time.sleep(0.1)
+        workers, began = [int(path.read_text().split()[0]) for path in steps], time.monotonic()
+        if end == "kill -9 of one":
+            os.kill(workers[1], signal.SIGKILL)
+        else:
+            os.killpg(process.pid, signal.SIGINT if end == "Ctrl-C" else signal.SIGTERM)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    checkpoint = torch.load("run/last.pt", weights_only=True)
+    done = checkpoint["training"]["done"]
+    if end != "kill -9 of one":
+        assert f"Stopped at step {done} of 600" in said and done >= 5, said
+    checkpoint["config"] |= {"epochs": done // 2 + 2}  # the end of 300 epochs is minutes away
+    torch.save(checkpoint, "run/last.pt")
+    cvae.main(["train", "--resume", "--run", "run"])  # by one process
+    training = torch.load("run/last.pt", weights_only=True)["training"]
+    assert training["stage"] == "prior" and training["finished"]
+
+
+def test_sigterm_costs_no_step_and_a_power_cut_little(world, here, monkeypatch):
+    options, take_step, steps = ["--epochs", 4, "--decoder-epochs", 0, "--prior-epochs", 1], cvae.take_step, []
+
+    def disturbed(*args, at=5):
+        take_step(*args)
+        steps.append(1)
+        if len(steps) == at:
+            if cvae.SAVE_SECONDS:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                raise ZeroDivisionError("a power cut")
+
+    train(world, "whole", *options)
+    for run in ("terminated", "cut"):
+        steps.clear()
+        with monkeypatch.context() as patch, pytest.raises((SystemExit, ZeroDivisionError)) as stop:
+            patch.setattr(cvae, "take_step", disturbed)
+            if run == "cut":
+                patch.setattr(cvae, "SAVE_SECONDS", 0)
+            train(world, run, *options)
+        training = torch.load(f"{run}/last.pt", weights_only=True)["training"]
+        assert training["done"] == (5 if run == "terminated" else 4) and not training["finished"]
+        assert run == "cut" or "Stopped at step 5 of 8 of the vae; nothing is lost" in stop.value.code
+        cvae.main(["train", "--resume", "--run", run])
+        assert same_weights(weights("whole/last.pt"), weights(f"{run}/last.pt"))
+
+
+# ---------------------------------------------------------------------------------------------------
 # Captions files that users really have
 
 
@@ -2153,14 +2458,14 @@ class KindJudge(nn.Module):
 def train_kind_judge(x, labels, epochs=16, batch=64):
     """Learn the kinds of photographs uint8 (N, 3, 64, 64): flips, shifts and mixtures, as is usual."""
     torch.manual_seed(0)
-    judge = KindJudge().to(memory_format=torch.channels_last)
+    judge = KindJudge().to(x.device, memory_format=torch.channels_last)
     optimizer, steps = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05), epochs * (len(x) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.2)
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(batch)[:len(x) // batch]:
             padded, (i, j) = F.pad(x[rows] / 255, (6, 6, 6, 6), mode="reflect"), torch.randint(13, (2,)).tolist()
             pictures = padded[:, :, i:i + 64, j:j + 64]
-            pictures = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, pictures.flip(3), pictures)
+            pictures = torch.where(torch.rand(batch, 1, 1, 1, device=x.device) < 0.5, pictures.flip(3), pictures)
             target, other = F.one_hot(labels[rows], 16).float(), torch.randperm(batch)
             share = torch.distributions.Beta(0.3, 0.3).sample().item()
             pictures, target = (share * t + (1 - share) * t[other] for t in (pictures, target))
@@ -2206,25 +2511,24 @@ def kinds_of(data):
 
 
 @torch.no_grad()
-def judge_photographs_run(run, data_path, judge, guidances=(1, cvae.GUIDANCE), count=32):
+def judge_photographs_run(run, data_path, judge, guidances=(1, cvae.GUIDANCE), count=32, device=torch.device("cpu")):
     """Everything that the bar asks about a run on the photographs, and about real and reconstructed test photographs."""
-    models, config = cvae.load_models(run, torch.device("cpu"))
-    data = cvae.load_data(data_path)
-    images, labels, test = cvae.pool_images(data["images"], 64), kinds_of(data), cvae.indices(data, cvae.TEST)
-    x = images[test] / 255
+    models, config = cvae.load_models(run, device)
+    data = cvae.load_data(data_path, device)
+    labels, test = kinds_of(data).to(device), cvae.indices(data, cvae.TEST)
+    x = cvae.get_images(cvae.pool_images(data["images"], 64), test, device)
     real = torch.cat([judge.features(some) for some in x.split(200)])
     figures = {"real": judge_kinds(judge, x, labels[test], real)}
     rebuilt = torch.cat([models["vae"](*some, cvae.IMAGE)[0] for some in zip(x.split(100), data["image_embeddings"][test].split(100))])
     figures["reconstructed"] = judge_kinds(judge, rebuilt, labels[test], real)
-    figures["reconstructed, sharpened"] = judge_kinds(judge, rebuilt, labels[test], real)
-    texts = cvae.encode_texts(cvae.load_clip(config["clip"]), [prompt_of(kind) for kind in KINDS])
-    own = torch.arange(16).repeat_interleave(count)
+    texts = cvae.encode_texts(cvae.load_clip(config["clip"], device), [prompt_of(kind) for kind in KINDS])
+    own = torch.arange(16, device=device).repeat_interleave(count)
     for guidance in guidances:
         torch.manual_seed(0)
-        pictures = cvae.generate(models, texts[own], cvae.TEXT, torch.randn(len(own), *models["vae"].shape), guidance)
+        pictures = cvae.generate(models, texts[own], cvae.TEXT, torch.randn(len(own), *models["vae"].shape, device=device), guidance)
         figures[f"guidance {guidance:g}"] = judge_kinds(judge, pictures, own, real)
     torch.manual_seed(0)
-    noise = torch.randn(len(own), *models["vae"].shape)
+    noise = torch.randn(len(own), *models["vae"].shape, device=device)
     figures["N(0, I)"] = judge_kinds(judge, cvae.generate(models | {"prior": None}, texts[own], cvae.TEXT, noise), own, real)
     return figures
 
@@ -2299,8 +2603,8 @@ def test_photographs_meet_the_bars(here):
 
 @pytest.mark.speed
 def test_time_and_memory_grow_in_proportion(here, capsys):
-    """prepare and an epoch of each part with more and more generated photographs (PHOTOGRAPHS="1000,4000,16000")."""
-    counts = [int(count) for count in os.environ.get("PHOTOGRAPHS", "1000,4000,16000").split(",")]
+    """prepare and an epoch of each part with more and more generated photographs (COUNTS="1000,4000,16000")."""
+    counts = [int(count) for count in os.environ.get("COUNTS", "1000,4000,16000").split(",")]
     make_clip("clip.pt", embed_dim=512)  # ViT-B/32's: six embeddings of 512 numbers for each photograph
     figures = {}
     for count in counts:
@@ -2683,3 +2987,217 @@ def test_a_place_that_is_searched_in_vain_is_named(here, world):
     for place in (root / "val2017", root / "images/val2017", root / "images", root):
         assert re.search(rf"(in|or) {re.escape(str(place))}( or|\.$)", said), (place, said)
     assert "None of the 3 photographs" in said and "\n" not in said
+
+
+# ---------------------------------------------------------------------------------------------------
+# On a real card: python -m pytest -m gpu -s. Each figure is printed, and in $OUT/gpu.json, as soon as it is there
+
+
+OUT = Path(os.environ.get("OUT") or KEPT).resolve()
+FOLDER = Path(os.environ.get("PHOTOGRAPHS") or PHOTOGRAPHS).resolve()  # ours to judge by
+needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA card")
+SECONDS, BEGAN = 460, []  # of all together
+VIT_B_32 = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32,
+                transformer_width=512, transformer_heads=8, transformer_layers=12)
+
+
+def tell(name, figure):
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = OUT / "gpu.json"
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {name: figure}, indent=2))
+    print(f"\n{name}: {figure}", flush=True)
+
+
+def time_left():
+    BEGAN.append(time.monotonic())
+    return SECONDS - (BEGAN[-1] - BEGAN[0])
+
+
+def timed(function, device, *args):
+    began = time.perf_counter()
+    function(*args)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def every_command(device, count):
+    """Every command, in small; only the first training is compiled. Leaves a run in r."""
+    make_coco(Path("coco"), count)
+    make_clip("clip.pt")
+    train = "train --data d.pt --epochs 1 --decoder-epochs 1 --batch 8 --model small"
+    flow = f"{train} --prior-epochs 1 --prior-width 64"
+    precise = " --no-compile --precision float16" if device.type == "cuda" else " --no-compile"
+    for line in ("prepare --coco coco --split val2017 --words sheep cow horse --clip clip.pt --data d.pt", f"{flow} --run r --dropout",
+                 f"{flow} --latents flat --objective original --no-compile", f"{train} --prior normal --no-compile",
+                 f"{flow} --size 128 --run f{precise}", "train --resume --run f --prior-epochs 2",
+                 "sample sheep cow -n 4 --separate --checkpoint r", "sample sheep -n 2 --rerank 4 --checkpoint r",
+                 "sample sheep cow --interpolate --checkpoint r", "sample sheep --show-steps --checkpoint f",
+                 "sample --image coco/val2017/000000000001.jpg --checkpoint r", "evaluate --checkpoint r"):
+        command, *options = line.split()
+        tell(f"seconds, {line}", round(timed(cvae.main, device, ["--debug", command, "--device", device.type, *options]), 2))
+
+
+def training_steps(model, size, device, dtype, compile, stages=("vae", "prior"), count=128, dimensions=512, **changes):
+    """{stage: (step, its photographs)}: the steps that fit takes, on random photographs; each stage is set up as train sets it up."""
+    config = cvae.CONFIG | cvae.MODELS[model] | {"size": size, "condition_dim": dimensions, "compile": compile} | changes
+    data = {"image_embeddings": F.normalize(torch.randn(count, dimensions, device=device), dim=-1), "split": torch.zeros(count, device=device),
+            "caption_embeddings": F.normalize(torch.randn(count, cvae.CAPTIONS, dimensions, device=device), dim=-1)}
+    data["split"][:16] = cvae.VAL
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
+    models, steps = {"vae": cvae.make_vae(config).to(device, memory_format=torch.channels_last).eval(), "prior": None}, {}
+
+    def catch(run, stage, networks, loss, *_):
+        optimizer = torch.optim.AdamW([p for p in networks.parameters() if p.requires_grad], fused=True)
+        scaler, ema = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), deepcopy(networks).requires_grad_(False)
+        batch = config["batch" if stage == "vae" else f"{stage}_batch"]
+
+        def step():
+            cvae.take_step(networks, optimizer, scaler, loss(torch.randint(count, (batch,), device=device), 0.5), 1e-4)
+            cvae.update_ema(ema, networks, 1000)
+
+        steps[stage] = step, batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cvae, "fit", catch)
+        for stage in stages:
+            getattr(cvae, f"train_{stage}")(cvae.Run(Path("."), config, data, images, device, dtype, models, {}))
+    return steps
+
+
+def images_per_second(step, batch, device, repeat):
+    """And the seconds of the first step beyond a later one's: what compiling takes."""
+    first = timed(step, device)
+    step()
+    seconds = statistics.median(timed(lambda: [step() for _ in range(repeat)], device) / repeat for _ in range(3))
+    return batch / seconds, first - seconds
+
+
+def throughput(device, combinations, side=8192, repeat=20, seconds=90, **changes):
+    from torch.utils.flop_counter import FlopCounterMode
+    began, a = time.monotonic(), torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    timed(lambda: a @ a, device)
+    peak = 2 * side**3 / statistics.median(timed(lambda: [a @ a for _ in range(repeat)], device) / repeat for _ in range(3))
+    tell("bfloat16 matrix product, TFLOP/s", round(peak / 1e12, 3))
+    for model, size, dtype, compile in combinations:
+        name = f"{model}, {size} pixels, {str(dtype)[6:]}{', compiled' if compile else ''}"
+        for stage in ("vae", "prior"):
+            if time.monotonic() - began > seconds:
+                tell(f"{stage} {name}", "no time was left")
+                continue
+            if compile:
+                torch._dynamo.reset()
+            counted, batch = training_steps(model, size, device, dtype, False, [stage], **changes)[stage]
+            with FlopCounterMode(display=False) as counter:
+                counted()
+            step, batch = training_steps(model, size, device, dtype, compile, [stage], **changes)[stage]
+            speed, start = images_per_second(step, batch, device, repeat)
+            work = counter.get_total_flops() / batch
+            tell(f"{stage} {name}", {"images/s": round(speed, 1), "GFLOP an image": round(work / 1e9, 3), "share": round(speed * work / peak, 4),
+                                     "seconds to start": round(start, 1)})
+
+
+def time_of_sample(device):
+    """Eight pictures by r, in a process of its own, beyond what the imports take."""
+    def best(*command):
+        run = functools.partial(subprocess.run, [sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        return min(timed(run, torch.device("cpu")) for _ in range(2))
+
+    whole = best(str(HERE / "cvae.py"), "sample", "sheep", "--checkpoint", "r", "--device", device.type)
+    tell("sample of eight, seconds beyond the imports", round(whole - best("-c", "import torch, clip"), 2))
+
+
+def speed_of_prepare(device, count, sizes):
+    make_coco(Path("large"), count)
+    for path in Path("large/val2017").iterdir():
+        Image.open(path).resize((640, 480)).save(path, quality=92)
+    model, paths = cvae.load_clip(str(make_clip("big.pt", **sizes)), device), sorted(Path("large/val2017").iterdir())
+    cvae.embed_photographs(model, paths[:8], device)
+    tell("prepare, photographs/s", round(count / timed(cvae.embed_photographs, device, model, paths, device), 1))
+
+
+def train_and_judge(device, folder, model, seconds, judge_epochs=16, count=32, **changes):
+    """Train on photographs for about this long, as measured steps foretell, and judge the run; the samples are in $OUT/samples.png."""
+    cvae.main(["prepare", "--coco", str(folder), "--clip", str(folder / "clip.pt"), "--words", *WORDS, "--device", device.type])
+    data = cvae.load_data(cvae.CONFIG["data"], device)
+    images, labels, learned = cvae.pool_images(data["images"], 64).to(device), kinds_of(data).to(device), cvae.indices(data, cvae.TRAIN)
+    judge = train_kind_judge(images[learned], labels[learned], epochs=judge_epochs)
+    precision, options = cvae.choose_precision(device), []
+    steps = training_steps(model, 64, device, precision, True, ("vae", "decoder", "prior"), dimensions=data["image_embeddings"].shape[-1], **changes)
+    for (stage, (step, batch)), share, name in zip(steps.items(), (0.25, 0.15, 0.6), ("epochs", "decoder_epochs", "prior_epochs")):
+        speed, start = images_per_second(step, batch, device, 10 if device.type == "cuda" else 1)
+        epochs = max(1, int(share * seconds * speed / len(learned)))
+        tell(f"{stage} on photographs", {"images/s": round(speed, 1), "seconds to start": round(start, 1), "epochs": epochs})
+        options += [f"--{name.replace('_', '-')}", epochs]
+    options += [text for name, value in changes.items() for text in (f"--{name.replace('_', '-')}", value)]
+    line = ["train", "--model", model, "--device", device.type, "--run", "photographs", *map(str, options)]
+    tell("train, seconds", round(timed(cvae.main, device, line)))
+    tell("train, history", json.loads(json.dumps(torch.load("photographs/last.pt", weights_only=True)["history"])))
+    for name, figures in judge_photographs_run(Path("photographs/best.pt"), cvae.CONFIG["data"], judge, (1, 1.5, 2), count, device).items():
+        tell(f"judge, {name}", figures)
+    models, config = cvae.load_models("photographs/best.pt", device)
+    torch.manual_seed(0)
+    prompts = [prompt_of(kind) for kind in KINDS]
+    texts, noise = cvae.encode_texts(cvae.load_clip(config["clip"], device), prompts), torch.randn(128, *models["vae"].shape)
+    pictures = cvae.generate(models, texts.repeat_interleave(8, 0), cvae.TEXT, noise.to(device))
+    cvae.save_grid(OUT / "samples.png", pictures.split(8), prompts)
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory):
+    """A CUDA device, and one working folder for all of these tests."""
+    folder, before = tmp_path_factory.mktemp("card"), os.getcwd()
+    os.chdir(folder)
+    time_left()
+    yield cvae.choose_device("cuda")
+    os.chdir(before)
+
+
+@needs_card
+@pytest.mark.gpu
+def test_every_command_on_the_card(card):
+    tell("card", f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
+    every_command(card, 200)
+
+
+@needs_card
+@pytest.mark.gpu
+def test_throughput_on_the_card(card):
+    kinds = [("base", 128), ("base", 64), ("small", 128), ("small", 64)]
+    throughput(card, [*((*kind, torch.bfloat16, False) for kind in kinds), ("base", 128, torch.float16, False),
+                      *((*kind, torch.bfloat16, True) for kind in kinds), ("base", 128, torch.float16, True)])
+
+
+@needs_card
+@pytest.mark.gpu
+def test_sample_and_prepare_on_the_card(card):
+    time_of_sample(card)
+    speed_of_prepare(card, 400, VIT_B_32)
+
+
+@needs_card
+@pytest.mark.skipif(not FOLDER.exists(), reason=f"{FOLDER} is not on this machine")
+@pytest.mark.gpu
+def test_photographs_on_the_card(card):
+    train_and_judge(card, FOLDER, "base", max(30, min(240, time_left() - 100)))
+
+
+@pytest.mark.slow
+def test_what_is_prepared_for_a_card_runs(here, monkeypatch):
+    """The same code on the processor, in small."""
+    monkeypatch.setitem(globals(), "OUT", here / "out")
+    device, small = torch.device("cpu"), {"batch": 8, "decoder_batch": 8, "prior_batch": 8, "prior_width": 64, "prior_depth": 1}
+    every_command(device, 24)
+    throughput(device, [("small", 64, torch.float32, False), ("base", 64, torch.float32, False)], side=128, repeat=1, count=24, **small)
+    time_of_sample(device)
+    speed_of_prepare(device, 16, {})
+    root = make_coco(here / "kinds", 96, split="train2017")
+    captions = json.loads((root / "annotations/captions_train2017.json").read_text())
+    for annotation in captions["annotations"]:
+        annotation["caption"] = prompt_of(KINDS[annotation["image_id"] % 16])
+    (root / "annotations/captions_train2017.json").write_text(json.dumps(captions))
+    make_clip(root / "clip.pt")
+    train_and_judge(device, root, "small", 2, judge_epochs=1, count=2, **small)
+    told = json.loads((here / "out/gpu.json").read_text())
+    assert {"prepare, photographs/s", "train, seconds", "judge, guidance 1.5", "judge, reconstructed"} <= told.keys()
+    assert (here / "out/samples.png").exists()
