@@ -603,7 +603,7 @@ def fit(run, stage, networks, loss, validate, draw):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"networks": networks, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     losses, first = restore(run, stage, state)
-    saved = drawn = began = time.monotonic()
+    saved = began = time.monotonic()
     with defer_signals() as stop, tqdm(desc=stage, total=total * batch, initial=first * batch, unit="img",
                                        leave=False) as bar:
         for step in range(first, total):
@@ -625,12 +625,10 @@ def fit(run, stage, networks, loss, validate, draw):
                 figures = {"step": done, "epoch": epoch + 1, "train_loss": torch.stack(losses).mean().item()} | validate()
                 losses.clear()
                 report(run, stage, figures, speed=(done - first) * batch / (now - began))
-            if validating and (done == total or now - drawn > 120):  # pictures take a second or two
-                save_curves(run.folder / "loss.png", run.history)
-                draw(run.folder / "epoch.png")
-                drawn = now
             if saving:
                 save_last(run, stage, state, losses, done, finished=done == total)
+                save_curves(run.folder / "loss.png", run.history)
+                draw(run.folder / "epoch.png")
                 saved = now
             if stopped:
                 raise KeyboardInterrupt(f"Stopped at step {done} of {total} of the {stage}; nothing is lost. Go "
@@ -1920,8 +1918,11 @@ def save_samples(path, models, images, data, index):
 
 def save_curves(path, history):
     """Draw how training and validation went, stage by stage."""
-    with new_figure(path, 1, len(history), (4.5 * len(history), 3.5)) as axes:
-        for axis, (stage, (_, *epochs)) in zip(axes[0], history.items()):  # the first is of before the training
+    stages = {stage: epochs for stage, (_, *epochs) in history.items() if epochs}  # the first is of before the training
+    if not stages:
+        return
+    with new_figure(path, 1, len(stages), (4.5 * len(stages), 3.5)) as axes:
+        for axis, (stage, epochs) in zip(axes[0], stages.items()):
             for key in ("train_loss", "loss", "psnr")[:3 if stage == "decoder" else 2]:
                 if key in epochs[0]:
                     axis.plot([figures["epoch"] for figures in epochs], [figures[key] for figures in epochs],
