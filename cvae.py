@@ -2327,9 +2327,9 @@ def parse_arguments(argv=None):
     p.add_argument("--data", help="the run's data file, if it has moved")
 
     p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
-    p.add_argument("--epochs", default=4, help="of the VAE; fewer: quicker, worse (default: 4)", **EPOCHS)
-    p.add_argument("--decoder-epochs", default=2, help="of the second lesson (default: 2)", **EPOCHS)
-    p.add_argument("--prior-epochs", default=30, help="of the prior (default: 30)", **EPOCHS)
+    p.add_argument("--epochs", default=3, help="of the VAE; fewer: quicker, worse (default: 3)", **EPOCHS)
+    p.add_argument("--decoder-epochs", default=1, help="of the second lesson (default: 1)", **EPOCHS)
+    p.add_argument("--prior-epochs", default=22, help="of the prior (default: 22)", **EPOCHS)
     return parser.parse_args(argv)
 
 
