@@ -19,7 +19,7 @@ Sampling puts them together:
 
     prompt ─► CLIP's text encoder ─► c      noise ─► prior, told c ─► z      z, c ─► decoder ─► picture
 
-The quickest tour needs neither a download nor a GPU (five minutes on two processor cores):
+The quickest tour needs neither a download nor a GPU (five to eight minutes on two processor cores):
 
     python cvae.py demo
 
