@@ -380,6 +380,14 @@ def test_what_a_gpu_would_be_sent(world, here, monkeypatch):
     torch.testing.assert_close(embeddings, theirs[2], atol=0.01, rtol=0)
 
 
+def test_photographs_are_counted_without_a_progress_bar(world, monkeypatch):
+    """TQDM_DISABLE=1: a bar that counts nothing must not give photographs the captions of others."""
+    monkeypatch.setattr(cvae, "tqdm", functools.partial(cvae.tqdm, disable=True))
+    paths = sorted((world / "coco/val2017").glob("*.jpg"))
+    kept, images, _ = cvae.embed_photographs(cvae.load_clip(str(world / "clip.pt")), paths, torch.device("cpu"), batch=5)
+    assert kept == list(range(len(paths))) and len(images) == len(paths)
+
+
 def test_embedding_stops_at_an_interruption_and_gives_the_threads_back(world, monkeypatch):
     began = []
 
