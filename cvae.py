@@ -683,8 +683,9 @@ def measure_vae(vae, images, data, index, objective=elbo_loss):
     return {"loss": loss, "bpd": bpd, "kl": kl, "psnr": -10 * math.log10(mse)}
 
 
-# Try it: what is the VAE alone worth? Train it for a minute, and look at loss.png and epoch.png of the new run.
-#     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --no-flip
+# Try it: what is the VAE alone worth? Train it for a minute, and look at loss.png and epoch.png of the new run
+# (outside runs/, so that the demo's stays the newest there).
+#     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --no-flip --run tried/vae
 
 # %% 6. The decoder's second lesson -------------------------------------------------------------------
 # A latent stands for many pictures: it says "fur here", not where each hair lies. Asked for the smallest squared
@@ -752,7 +753,7 @@ def train_decoder(run):
 
 
 # Try it: what did the critic change? The same VAE without the second lesson, beside it.
-#     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --decoder-epochs 0 --no-flip
+#     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --decoder-epochs 0 --no-flip --run tried/mean
 
 # %% 7. The prior -----------------------------------------------------------------------------------
 # The VAE is trained; now draw z from N(0, I) and decode it: fog. Why? Training pulls each q(z | x, c) towards
@@ -1801,7 +1802,7 @@ def load_models(path, device):
     models = {"vae": vae, "prior": make_flow(config, vae.shape) if checkpoint["prior"] else None}
     for name, network in models.items():
         if network:
-            network.to(device).eval().load_state_dict(checkpoint[name])
+            network.to(device).eval().requires_grad_(False).load_state_dict(checkpoint[name])
     return models, config
 
 
@@ -1811,7 +1812,6 @@ def open_newest_run():
     data = load_data(config["data"])
     index = indices(data, VAL)[:8]
     x = get_images(pool_images(data["images"], config["size"]), index, CPU)
-    torch.set_grad_enabled(False)  # nothing here learns
     return models, data, x, data["image_embeddings"][index]
 
 
