@@ -550,6 +550,11 @@ class Run:
     resumed: dict | None = None   # what last.pt says of the stage in which a resumed run was stopped
 
 
+def setting(stage, name):
+    """What CONFIG calls a stage's "epochs", "batch" or "lr"."""
+    return name if stage == "vae" else f"{stage}_{name}"
+
+
 def learning_rate(step, total, peak):
     """Linear warm-up, a plateau, and a linear descent to zero over the second half of the steps."""
     return peak * min(1, (step + 1) / WARM_UP, (total - step) / (0.5 * total))
@@ -590,8 +595,7 @@ def fit(run, stage, networks, loss, validate, draw):
     or the training diverges, KeyboardInterrupt, after saving, on Ctrl-C and SIGTERM.
     """
     train, (rank, world) = indices(run.data, TRAIN), processes()
-    epochs, batch, peak = (run.config[name if stage == "vae" else f"{stage}_{name}"]
-                           for name in ("epochs", "batch", "lr"))
+    epochs, batch, peak = (run.config[setting(stage, name)] for name in ("epochs", "batch", "lr"))
     batch = max(1, min(batch, len(train)) // world) * world  # few photographs still train
     epoch_steps = max(1, len(train) // batch)                # the rest has its turn after another shuffle
     total, period = epochs * epoch_steps, math.ceil(epochs / 30) * epoch_steps  # at most thirty validations
@@ -625,7 +629,7 @@ def fit(run, stage, networks, loss, validate, draw):
                 figures = {"step": done, "epoch": epoch + 1, "train_loss": torch.stack(losses).mean().item()} | validate()
                 losses.clear()
                 report(run, stage, figures, speed=(done - first) * batch / (now - began))
-            if saving:
+            if saving and rank == 0:
                 save_last(run, stage, state, losses, done, finished=done == total)
                 save_curves(run.folder / "loss.png", run.history)
                 draw(run.folder / "epoch.png")
@@ -704,7 +708,7 @@ def measure_vae(vae, images, data, index, objective=elbo_loss):
 # The encoder is frozen. The latents stay where the ELBO put them; a critic could not ask anything of them, since
 # it never sees them, and an encoder that served it would hide texture in the latents at the likelihood's cost.
 
-CRITIC_WEIGHT = 0.08  # on validation photographs: less leaves them blurred, more makes skies grainy
+CRITIC_WEIGHT = 0.08  # less leaves photographs blurred, more makes skies grainy (assets/experiments.md)
 
 
 def make_critic():
@@ -725,7 +729,8 @@ def train_decoder(run):
     torch.manual_seed(run.config["seed"])
     critic = make_critic().to(run.device, memory_format=torch.channels_last)
     print(f"{run.folder}: the decoder's second lesson, by a critic of {count_parameters(critic):,} parameters")
-    forward, psnr = compiled(vae, run), measure_vae(vae.eval(), run.images, run.data, val)["psnr"]
+    forward = compiled(vae, run)
+    psnr = min(run.history["vae"][1:], key=lambda figures: figures["loss"])["psnr"]  # of the VAE in best.pt
 
     def loss(index, progress):
         x = mirror_half(get_images(run.images, index, run.device), run.config["flip"])  # (n, 3, S, S)
@@ -1382,7 +1387,7 @@ def save(content, path, kind):
             torch.save({"kind": kind, "version": VERSIONS[kind], **content}, temporary)
     except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
         raise UserError(f"{path} could not be written ({first_line(error)}). What was there before is "
-                   "untouched; free some disk space and run the same command again.") from error
+                        "untouched; free some disk space and run the same command again.") from error
 
 
 def load(path, kind):
@@ -1401,12 +1406,12 @@ def load(path, kind):
         raise UserError(f"There is no {kind} at {path}; make one first: {anew}") from None
     except Exception as error:  # torch reports damage with half a dozen exception types
         raise UserError(f"{path} is no readable {kind}: damaged, cut short, or not written by this program "
-                   f"({first_line(error)}).") from error
+                        f"({first_line(error)}).") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} of this program.")
     if content["version"] != VERSIONS[kind]:
         raise UserError(f"{path} is a {kind} of version {content['version']}; this program reads version "
-                   f"{VERSIONS[kind]}. Make it anew: {anew}")
+                        f"{VERSIONS[kind]}. Make it anew: {anew}")
     return content
 
 
@@ -1503,7 +1508,7 @@ def load_clip(name, device="cpu"):
         model = load(name, device=device)[0]
     except Exception as error:
         raise UserError(f"--clip {name} could not be loaded ({first_line(error)}). The weights of OpenAI's models "
-                   "come from openaipublic.azureedge.net to ~/.cache/clip.") from error
+                        "come from openaipublic.azureedge.net to ~/.cache/clip.") from error
     return model if torch.device(device).type == "cuda" else model.float()
 
 
@@ -1569,7 +1574,7 @@ def load_data(path, device=CPU, fingerprint=None):
     data = load(path, "data file")
     if fingerprint and data["fingerprint"] != fingerprint:
         raise UserError(f"{path} is not the data that this run was trained on (other photographs, another CLIP). "
-                   "If that data has moved, say where it is: --data FILE.")
+                        "If that data has moved, say where it is: --data FILE.")
     return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "split")}
 
 
@@ -1647,14 +1652,14 @@ def defer_signals():
 
 def check_loss(loss, run, stage, baseline_loss=math.inf):
     """The loss, unless it is no number any more, or worse than that of knowing nothing."""
-    option, rate = ("--lr", "lr") if stage == "vae" else (f"--{stage}-lr", f"{stage}_lr")
+    rate = setting(stage, "lr")
     if not math.isfinite(loss):
         raise UserError(f"The loss became NaN. {run.folder} keeps its last good checkpoint; start anew with a lower "
-                        f"rate, such as {option} {run.config[rate] / 2:g}.")
+                        f"rate, such as {option(rate)} {run.config[rate] / 2:g}.")
     if loss > baseline_loss:
         raise UserError(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {baseline_loss:.3g}. "
-                        f"{run.folder} keeps its best checkpoint; start anew with a lower rate, such as {option} "
-                        f"{run.config[rate] / 3:.1g}.")
+                        f"{run.folder} keeps its best checkpoint; start anew with a lower rate, such as "
+                        f"{option(rate)} {run.config[rate] / 3:.1g}.")
     return loss
 
 
@@ -1708,7 +1713,7 @@ def report(run, stage, figures, speed):
         save_checkpoint(run, "best.pt")
     run.history[stage].append(figures)
     measured = ", ".join(f"{name} {value:.4g}" for name, value in list(figures.items())[3:])
-    epochs = run.config[stages_of(run.config)[stage]]
+    epochs = run.config[setting(stage, "epochs")]
     print(f"{stage}, epoch {figures['epoch']}/{epochs}: training loss {figures['train_loss']:.3f}, validation "
           f"{measured}; {speed:.0f} images/s")
 
@@ -1741,9 +1746,14 @@ def claim_run(name, config):
 
 def stages_of(config):
     """The stages that a configuration asks for, in their order, with the options that set their lengths."""
-    lengths = {"vae": "epochs", "decoder": "decoder_epochs", "prior": "prior_epochs"}
+    lengths = {stage: setting(stage, "epochs") for stage in ("vae", "decoder", "prior")}
     return {stage: name for stage, name in lengths.items()
             if config[name] and (stage != "prior" or config["prior"] == "flow")}
+
+
+def option(name):
+    """A setting of CONFIG as it is typed."""
+    return "--" + name.replace("_", "-")
 
 
 def resume(args, given):
@@ -1755,13 +1765,12 @@ def resume(args, given):
     lengths = list(stages.values())[list(stages).index(training["stage"]):]  # of what can still be longer
     finished = training["finished"] and len(lengths) == 1
     if any(name != "data" and (name not in lengths or value < config[name]) for name, value in given.items()):
-        more = " or ".join("--" + name.replace("_", "-") for name in lengths)
+        more = " or ".join(map(option, lengths))
         raise UserError(f"{folder} goes on with its own settings; beside --resume and --run only --data and a larger "
                         f"{more} can be given.")
     if not any(given.get(name, 0) > config[name] for name in lengths) and finished:
-        option = "--" + lengths[-1].replace("_", "-")
-        raise UserError(f"{folder} is finished, there is nothing left to do. To train it longer: --resume {option} "
-                        f"{2 * config[lengths[-1]]}.")
+        raise UserError(f"{folder} is finished, there is nothing left to do. To train it longer: --resume "
+                        f"{option(lengths[-1])} {2 * config[lengths[-1]]}.")
     return folder, config | given, checkpoint
 
 
@@ -1798,7 +1807,7 @@ def load_models(path, device):
     """A trained run, ready to sample: {"vae", "prior" (None: use N(0, I))} and its configuration."""
     checkpoint = load(path, "checkpoint")
     config = checkpoint["config"]
-    vae = make_vae(config | {"dropout": 0.0}).to(memory_format=torch.channels_last)
+    vae = make_vae(config).to(memory_format=torch.channels_last)
     models = {"vae": vae, "prior": make_flow(config, vae.shape) if checkpoint["prior"] else None}
     for name, network in models.items():
         if network:
@@ -1828,7 +1837,7 @@ def load_clip_of(config, device, name=None):
     clip_model = load_clip(name or config["clip"], device)
     if clip_fingerprint(clip_model) != config["clip_fingerprint"]:
         raise UserError(f"{name or config['clip']} is not the CLIP that this model was trained with "
-                   f"({config['clip']}).")
+                        f"({config['clip']}).")
     return clip_model
 
 
@@ -2010,7 +2019,7 @@ def fetch_annotations(path, base_url):
             fetch(f"{base_url}/annotations/{archive.name}", archive, take_out, progress)
     except OSError as error:
         raise UserError(f"COCO's captions could not be fetched from {error.strerror or error}. Name a COCO folder "
-                   "(--coco) or a mirror (--mirror), or try the demo, which needs no network.") from error
+                        "(--coco) or a mirror (--mirror), or try the demo, which needs no network.") from error
     archive.unlink(missing_ok=True)
 
 
@@ -2037,7 +2046,7 @@ def fetch_photographs(photographs, folder, base_url):
                 raise UserError("The disk is full. What arrived is kept; free some space and run this again.")
             if len(failures) > max(10, 0.05 * len(photographs)):
                 raise UserError(f"Too many photographs could not be fetched (the last: {failures[-1]}). What "
-                           "arrived is kept; run the same command again later.")
+                                "arrived is kept; run the same command again later.")
     finally:  # also on Ctrl-C: what has not started never does
         pool.shutdown(cancel_futures=True)
     for failure in failures:
@@ -2096,7 +2105,7 @@ def train(args):
     device = choose_device(args.device)
     with several_processes(device):
         run = open_run(args, device)
-        for stage in list(stages_of(run.config)):
+        for stage in stages_of(run.config):
             if run.resumed and run.resumed["stage"] != stage:
                 continue  # it is finished
             {"vae": train_vae, "decoder": train_decoder, "prior": train_prior}[stage](run)
@@ -2299,7 +2308,7 @@ def parse_arguments(argv=None):
     p = command(train, "train the VAE, then its prior, on the data file")
     for name, (help, details) in OPTIONS.items():
         larger = f"; {MODELS['base'][name]} with --model base" if name in MODELS["base"] else ""
-        p.add_argument(f"--{name.replace('_', '-')}", help=f"{help} (default: {CONFIG[name]}{larger})", **details)
+        p.add_argument(option(name), help=f"{help} (default: {CONFIG[name]}{larger})", **details)
     p.add_argument("--model", choices=MODELS, help="sizes, rates and epochs: small for a processor or a Mac, base for "
                    "a CUDA card (default: by the device)")
     p.add_argument("--precision", choices=["float32", "bfloat16", "float16"], help="default: the fastest")
@@ -2345,12 +2354,12 @@ def refuse_contradictions(args):
             raise UserError("--interpolate goes between exactly two prompts, without --image or --show-steps.")
         if args.rerank and (given & {"interpolate", "show_steps"} or args.rerank < args.n):
             raise UserError("--rerank N draws N pictures and keeps the best -n of them: N must be at least as "
-                       "large, and it doesn't go with --interpolate or --show-steps.")
+                            "large, and it doesn't go with --interpolate or --show-steps.")
     if args.function is train and args.latents == "flat" and args.channels:
-        raise UserError("--channels is for a grid of codes, and --latents flat has none.")
+        raise UserError("--channels is for a grid of latents, and --latents flat has none.")
     if args.function is train and not args.resume and args.prior == "normal":
         for name in given & {"prior_epochs", "prior_batch", "prior_lr", "prior_width", "prior_depth"}:
-            raise UserError(f"--{name.replace('_', '-')} says how to train a flow, and --prior normal wants none.")
+            raise UserError(f"{option(name)} says how to train a flow, and --prior normal wants none.")
 
 
 def main(argv=None):
