@@ -11,19 +11,12 @@ The decoder learns on, with a critic that looks for what photographs have and re
 
     x or x_hat ─► critic ─► real or decoded?
 
-The prior learns which latents go with which condition:
-
-    noise ─► transformer, 16 small steps, told c ─► z
-
-Sampling puts them together:
+The prior learns which latents go with which condition, and sampling puts all together:
 
     prompt ─► CLIP's text encoder ─► c      noise ─► prior, told c ─► z      z, c ─► decoder ─► picture
 
-The quickest tour needs neither a download nor a GPU (five to eight minutes on two processor cores):
-
-    python cvae.py demo
-
-The real thing, on the photographs of MS-COCO that show cows and sheep:
+The quickest tour needs neither a download nor a GPU: python cvae.py demo. The real thing, on the photographs of
+MS-COCO that show cows and sheep:
 
     python cvae.py prepare                            # fetch, crop, embed: one data file
     python cvae.py train --size 128 --dropout         # a run folder with checkpoints and pictures
@@ -44,12 +37,12 @@ Contents (each `# %%` is a notebook cell in VS Code, Spyder and Jupyter)
     9. Evaluation          on pictures that nothing was chosen on
     Appendices             A. a toy world   B. devices, files, downloads   C. the command line
 
-Sections 1 to 9 are the lesson. What they call from the appendices does what its name says. `UserError` is our
-exception for an expected failure: its sentence is all that the user sees. `# Try it` stands before something to
-type after `python cvae.py demo`: a command, or lines for Python (`from cvae import *`) or a notebook.
+What the sections call from the appendices does what its name says. `UserError` is an expected failure: its
+sentence is all that the user sees. `# Try it` stands before something to type after the demo: a command, or lines
+for Python (`from cvae import *`) or a notebook. Three papers to read first are marked [1] to [3].
 
-The project it reimplements: Azarbal, Benjelloun Touimi, Tazi, "Generative CLIP-Conditioned Variational
-Autoencoders" (Brown University, 2024), called "the report" below. Three papers to read first are marked [1] to [3].
+It reimplements "the report": Azarbal, Benjelloun Touimi, Tazi, "Generative CLIP-Conditioned Variational
+Autoencoders" (Brown University, 2024).
 """
 import argparse
 import contextlib
@@ -87,9 +80,8 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-# clip, torchvision, pycocotools and matplotlib take a second or more to import, so each is imported where
-# it is used: `--help` should not wait for a plotting library. And there are warnings about which a reader can
-# do nothing: clip uses what is deprecated elsewhere, and matplotlib has no glyph for a prompt's emoji.
+# clip, torchvision, pycocotools and matplotlib are slow to import, so each is imported where it is used. These
+# warnings ask nothing of a reader: clip uses what is deprecated, and matplotlib has no glyph for an emoji.
 for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", "Glyph":
     warnings.filterwarnings("ignore", message)
 
@@ -129,9 +121,9 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
 #     W, T         transformer: width, tokens      (N, T, W)       T = (G / 2)² patches of 2x2 cells
 
 # %% 1. The data ------------------------------------------------------------------------------------
-# MS-COCO (Lin et al. 2014, arXiv 1405.0312) has 118,287 training photographs with five captions each. We
-# want the rural ones, and we let the captions choose: a photograph is bucolic when somebody who described
-# it used one of a few words (COCO's own labels know no hills). So small a model can learn a narrow subject.
+# MS-COCO (Lin et al. 2014, arXiv 1405.0312) has 118,287 training photographs with five captions each. We want
+# the rural ones, a subject narrow enough for a small model, and the captions choose them: a photograph is bucolic
+# when somebody who described it used one of a few words.
 
 THEMES = {
     "bucolic": ["cow", "sheep"],
@@ -145,11 +137,9 @@ TRAIN, VAL, TEST = 0, 1, 2  # the three splits of the data
 
 
 def word_pattern(words):
-    """A regular expression that finds any of `words`, as words, in a caption.
+    """A regular expression that finds any of `words` in a caption, as a word or with an ending: cows, hillside.
 
-    The report searched for substrings, so "cow" also found cowboys and scowling men. Here a match
-    starts where a word starts and ends where a word ends, but for an ending that keeps the meaning:
-    cows, grassy, hillside, farmland, mountainous, horseback.
+    The report searched for substrings, so "cow" also found cowboys and scowling men.
     """
     stems = "|".join(re.escape(word) for word in words)
     endings = "s|es|y|ed|ous|lands?|sides?|tops?|yards?|house|back"
@@ -157,10 +147,10 @@ def word_pattern(words):
 
 
 def read_captions(path, words):
-    """The photographs of a COCO captions file whose captions mention one of `words`.
+    """The photographs of a COCO captions file whose captions mention one of `words`: a list of dicts.
 
-    Returns a list of dicts with id, file_name, size (width, height) and captions. Raises UserError when the
-    file is missing, is no captions file, or nothing matches.
+    Each has id, file_name, size (width, height) and captions. Raises UserError for a file that is missing or no
+    captions file, and when nothing matches.
     """
     images, annotations = read_records(path)
     # pycocotools joins the two lists, half a second for train2017; it wants captions numbered, and it prints
@@ -175,19 +165,16 @@ def read_captions(path, words):
         photograph["captions"] += [a["caption"] for a in coco.imgToAnns[image["id"]]]
     pattern = word_pattern(words)
     chosen = [p for p in photographs.values() if any(pattern.search(caption) for caption in p["captions"])]
-    captions = [caption for photograph in photographs.values() for caption in photograph["captions"]]
-    lost = [word for word in words if "," in word and not any(map(word_pattern([word]).search, captions))]
-    if lost or not chosen:
-        hint = " Separate words by spaces, not by commas." if lost else ""
-        raise UserError(f"No caption in {path} mentions any of: {', '.join(lost or words)}.{hint}")
+    if not chosen:
+        hint = " Separate words by spaces, not by commas." if "," in "".join(words) else ""
+        raise UserError(f"No caption in {path} mentions any of: {', '.join(words)}.{hint}")
     return chosen
 
 
 def centre_square(photograph, size):
     """The largest centred square of a PIL image, resized: uint8 tensor (3, size, size).
 
-    CLIP and the VAE both see this crop, so the condition describes the pixels to reconstruct. The
-    report squashed the whole photograph into a square for one of the two, which changes its shapes.
+    CLIP and the VAE both see this crop, so the condition describes the pixels to reconstruct.
     """
     from torchvision.transforms.v2 import InterpolationMode, functional
     pixels = functional.pil_to_tensor(photograph)                                       # (3, height, width)
@@ -198,9 +185,9 @@ def centre_square(photograph, size):
 def split_data(images):
     """Sort photographs into three splits by a hash of their pixels: uint8 (N, 3, 128, 128) -> (N,).
 
-    A photograph goes into one split with all its captions. Training pictures teach. Validation pictures
-    choose: checkpoints and every setting chosen by looking. Test pictures are for `evaluate` alone. Equal
-    pictures have equal hashes: one that is in the data twice is never learned from and judged by at once.
+    Training pictures teach. Validation pictures choose: checkpoints and every setting chosen by looking. Test
+    pictures are for `evaluate` alone. Equal pictures have equal hashes: one that is in the data twice is never
+    learned from and judged by at once.
     """
     hashes = [int(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:15], 16) for image in images]
     different, rank = torch.tensor(hashes).unique(return_inverse=True)  # rank among the sorted hashes
@@ -219,9 +206,9 @@ def split_data(images):
 #     print(len(found), *found[0]["captions"], sep="\n")
 
 # %% 2. CLIP ----------------------------------------------------------------------------------------
-# CLIP (Radford et al. 2021, arXiv 2103.00020) trained an image encoder and a text encoder together, so that a
-# picture and its caption point the same way: cos(image, caption) is high for a pair and low for a mismatch.
-# Only directions count, so every embedding is scaled to length one. It has E numbers: 512 for ViT-B/32.
+# CLIP (Radford et al. 2021, arXiv 2103.00020) is an image encoder and a text encoder, trained together so that a
+# picture and its caption point the same way: cos(image, caption) is high for a pair, low for a mismatch. Only
+# directions count, so every embedding is scaled to length one. It has E numbers: 512 for ViT-B/32.
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -238,7 +225,7 @@ def encode_images(model, images):
         pixels = batch.float() / 255 if batch.dtype == torch.uint8 else batch
         if pixels.shape[-1] != resolution:
             pixels = F.interpolate(pixels, (resolution,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
-        # CLIP was trained on pixels normalised by these constants; the report fed it raw [0, 1] values
+        # CLIP was trained on pixels normalised like this; the report fed it raw [0, 1] values
         pixels = (pixels - CLIP_MEAN.to(pixels.device)) / CLIP_STD.to(pixels.device)
         with autocast(CPU, choose_precision(CPU)):
             embeddings.append(F.normalize(model.encode_image(pixels).float(), dim=-1))
@@ -260,11 +247,10 @@ def encode_texts(model, texts):
     return torch.cat(embeddings)
 
 
-# An embedding never changes, so `prepare` (appendix C) computes them once and writes one data file with
-# pixels, embeddings and splits. The report ran CLIP anew for every image of every epoch.
+# An embedding never changes, so `prepare` (appendix C) computes all of them once, into one data file.
 #
-# The modality gap. CLIP pulls pairs together, but only relative to mismatches: images and captions end up in
-# two separate narrow cones ("Mind the gap", Liang et al. 2022, arXiv 2203.02053). The report trained on image
+# The modality gap. CLIP pulls pairs together only relative to mismatches, so images and captions end up in two
+# separate narrow cones ("Mind the gap", Liang et al. 2022, arXiv 2203.02053). The report trained on image
 # embeddings and prompted with text embeddings, which its decoder had never seen. Here each training picture
 # comes with its own embedding or, at random, with one of its captions', and every network is told the modality.
 
@@ -274,8 +260,7 @@ IMAGE, TEXT, NULL = 0, 1, 2  # modality of a condition; NULL, none, teaches the 
 class Condition(nn.Module):
     """An embedding as the networks want it: (N, E) and its modality (one number, or (N,)) -> (N, width).
 
-    Embeddings crowd into a narrow cone. Standardised, each modality by its own mean and deviation, their
-    differences are what a network sees. A learned vector adds the modality.
+    Within a cone only differences tell, so each modality is standardised by its own mean and deviation.
     """
 
     def __init__(self, dimensions, width):
@@ -320,21 +305,17 @@ def sample_condition(data, index):
 # and says which latents z could have made it. The decoder p(x | z, c) makes a picture from a latent.
 #
 # The condition c enters both, for different reasons: the encoder, so that z need not store what c already says;
-# the decoder, because at sampling time c is what it knows about the prompt. That is the theory of a conditional
-# VAE, and it matters for the report's model, which draws z from N(0, I). In ours it changes almost nothing that
-# can be seen: a grid of latents says so much about a picture that 512 numbers of CLIP add little (swap them and
-# see, below). It is the prior of section 7 that answers the prompt.
+# the decoder, because at sampling time c is what it knows about the prompt. This matters for the report's model,
+# which draws z from N(0, I). In ours it changes almost nothing that can be seen: a grid of latents says so much
+# about a picture that c adds little (swap it and see, below). The prior of section 7 answers the prompt.
 #
-# What shape should z have? The report's is one vector of 128 numbers ("flat"). Ours is a small grid: one
-# vector for each square of 8x8 pixels. A cell then says what is in its square, and the decoder need not
-# work out where things are. Latent diffusion (Rombach et al. 2022, arXiv 2112.10752) [2] uses such a grid.
+# What shape should z have? The report's is one vector of 128 numbers ("flat"). Ours is a small grid, as in latent
+# diffusion (Rombach et al. 2022, arXiv 2112.10752) [2]: a vector for each square of 8x8 pixels says what is in its
+# square, and the decoder need not work out where things are.
 #
-# Arithmetic at full resolution is what costs: a convolution at 64x64 does 64 times the work of the same
-# one at 8x8. So the first layer shrinks the picture four times, and the last one enlarges it.
-#
-# Deep networks learn the simple things slowly: after a minute and a half the colours were still missing. So a
-# linear skip connection runs beside encoder and decoder. By itself it is what a JPEG does, a few weighted sums
-# of each 8x8 square; the deep layers add what sums can't say. In equal time it brought 2 dB.
+# A convolution at 64x64 does 64 times the work of the same one at 8x8. So the first layer shrinks the picture four
+# times, and the last one enlarges it. Beside encoder and decoder runs a linear skip connection, a few weighted sums
+# of each 8x8 square, as in a JPEG. Deep networks learn such simple things slowly; in equal time it brought 2 dB.
 
 LATENT_DIM = 128          # numbers in the flat latent, the report's
 CONDITION_CHANNELS = 32   # the condition's share of the channels, the report's
@@ -343,8 +324,7 @@ CONDITION_CHANNELS = 32   # the condition's share of the channels, the report's
 class ResBlock(nn.Module):
     """Two 3x3 convolutions that correct their input (He et al. 2015, arXiv 1512.03385): shape in = shape out.
 
-    Group norm, because batch norm's statistics differ between training and sampling. The last
-    convolution starts at zero, so that a new block changes nothing.
+    The last one starts at zero: a new block changes nothing. Batch norm would act differently in sampling.
     """
 
     def __init__(self, width):
@@ -357,40 +337,33 @@ class ResBlock(nn.Module):
         return h + self.change(h)
 
 
-def upsample(channels_in, channels, kernel=1, factor=2):
-    """Each cell becomes a square of cells, 2x2 or larger (sub-pixel convolution, arXiv 1609.05158)."""
-    conv = nn.Conv2d(channels_in, factor**2 * channels, kernel, padding=kernel // 2)
-    return nn.Sequential(conv, nn.PixelShuffle(factor))
+def upsample(channels_in, channels, kernel=1):
+    """Each cell becomes a square of 2x2 cells (sub-pixel convolution, arXiv 1609.05158)."""
+    return nn.Sequential(nn.Conv2d(channels_in, 4 * channels, kernel, padding=kernel // 2), nn.PixelShuffle(2))
 
 
 class VAE(nn.Module):
-    """Encoder and decoder. size: pixels S (64 or 128); condition_dim: E; latents: "grid" or "flat"; width: of
-    the layers at half of the side; a quarter has twice, an eighth three times as many channels.
+    """Encoder and decoder. size: pixels S; condition_dim: E; width: channels at half of the side.
 
-    The latent z is (N, C, G, G): C = channels and G = size / 8 for a grid, C = 128 and G = 1 for a flat one,
-    so that everything else treats both alike. dropout on z, the report's, makes the decoder rely more on c.
+    The latent z is (N, C, G, G): C = channels and G = S / 8 if latents is "grid", C = 128 and G = 1 if "flat".
+    dropout on z, the report's, makes the decoder rely more on c.
     """
 
     def __init__(self, size, condition_dim, latents="grid", dropout=0.0, channels=12, width=32):
         super().__init__()
-        side, half, quarter, eighth = size // 8, width, 2 * width, 3 * width
-        self.shape = (channels, side, side) if latents == "grid" else (LATENT_DIM, 1, 1)
+        half, quarter, eighth = width, 2 * width, 3 * width
+        channels, side = (channels, size // 8) if latents == "grid" else (LATENT_DIM, 1)
+        self.shape, k = (channels, side, side), size // 8 // side  # k is 1, or the whole map: a dense layer
         self.condition = Condition(condition_dim, CONDITION_CHANNELS)
         self.encoder = nn.Sequential(
             nn.Conv2d(3, quarter, 4, stride=4), ResBlock(quarter),                      # (N, 64, S/4, S/4)
             nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),                         # (N, 96, S/8, S/8)
             ResBlock(eighth), ResBlock(eighth), nn.GroupNorm(8, eighth), nn.SiLU())
-        if latents == "grid":
-            self.to_moments = nn.Conv2d(eighth + CONDITION_CHANNELS, 2 * channels, 1)
-            self.from_latent = nn.Conv2d(channels + CONDITION_CHANNELS, eighth, 3, padding=1)
-            self.skip_in = nn.Conv2d(3, 2 * channels, 8, stride=8)
-            self.skip_out = upsample(channels, 3, kernel=3, factor=8)  # squares that overlap: fainter seams
-        else:  # a convolution as large as its input is a dense layer
-            self.to_moments = nn.Conv2d(eighth + CONDITION_CHANNELS, 2 * LATENT_DIM, side)
-            self.from_latent = nn.ConvTranspose2d(LATENT_DIM + CONDITION_CHANNELS, eighth, side)
-            self.skip_in = nn.Conv2d(3, 2 * LATENT_DIM, size, stride=size)
-            self.skip_out = nn.ConvTranspose2d(LATENT_DIM, 3, size)
-        nn.init.zeros_(self.skip_in.weight[self.shape[0]:])  # no skip connection to logvar at first
+        self.to_moments = nn.Conv2d(eighth + CONDITION_CHANNELS, 2 * channels, k)       # (N, 2C, G, G)
+        self.from_latent = nn.ConvTranspose2d(channels + CONDITION_CHANNELS, eighth, k)  # (N, 96, S/8, S/8)
+        self.skip_in = nn.Conv2d(3, 2 * channels, 8 * k, stride=8 * k)                  # (N, 2C, G, G)
+        self.skip_out = nn.ConvTranspose2d(channels, 3, 8 * k, stride=8 * k)            # (N, 3, S, S)
+        nn.init.zeros_(self.skip_in.weight[channels:])  # no skip connection to logvar at first
         self.dropout = nn.Dropout(dropout)
         self.decoder = nn.Sequential(
             ResBlock(eighth), ResBlock(eighth),                                         # (N, 96, S/8, S/8)
@@ -409,13 +382,13 @@ class VAE(nn.Module):
         x = x * 2 - 1  # layers learn best from inputs around zero
         h = self.encoder(x)                                                             # (N, 96, S/8, S/8)
         h = self.to_moments(self.concat_condition(h, embedding, modality)) + self.skip_in(x)  # (N, 2C, G, G)
-        mu, logvar = h.float().chunk(2, dim=1)  # log sigma² may be any number, as a layer's output is
-        return mu, logvar.clamp(-10, 4)         # but a wild exponent would end the training
+        mu, logvar = h.float().chunk(2, dim=1)
+        return mu, logvar.clamp(-10, 4)  # a wild exponent would end the training
 
     def decode(self, z, embedding, modality):
         """The mean of p(x | z, c): latents (N, C, G, G) -> pictures (N, 3, S, S) in [0, 1]."""
         z = self.dropout(z)
-        h = self.from_latent(self.concat_condition(z, embedding, modality))             # (N, 96, S/8, S/8)
+        h = self.from_latent(self.concat_condition(z, embedding, modality))
         return torch.sigmoid((self.decoder(h) + self.skip_out(z)).float())
 
     def forward(self, x, embedding, modality):
@@ -424,7 +397,7 @@ class VAE(nn.Module):
         z = mu + sigma · noise, the reparameterisation: gradients pass through mu and sigma, not the dice.
         """
         mu, logvar = self.encode(x, embedding, modality)
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        z = mu + torch.exp(logvar / 2) * torch.randn_like(mu)
         return self.decode(z, embedding, modality), kl_divergence(mu, logvar)
 
 
@@ -446,27 +419,26 @@ class VAE(nn.Module):
 #                  = E_q [ log p(x | z, c) ] - KL( q(z | x, c) || p(z) )  =  ELBO
 #
 # Nobody can compute the integral; the last line can be estimated with one draw z from q. Its first term asks for
-# good reconstructions, its second for latents that look like draws from p(z) = N(0, I). Training raises the
-# bound; we lower its negative. What it loses against log p is the KL from q to the true p(z | x, c).
+# good reconstructions, its second for latents that look like draws from p(z) = N(0, I). We lower its negative.
 #
-# Why p(z) and not p(z | c)? Any p(z | c) would do, and a learned one is better: that is stage 3. In stage 1
-# N(0, I) serves as a common unit. It keeps every latent near zero and of a size near one, and its KL charges for
-# each nat that z says about x, so the latent says what helps the picture most. Without it the encoder could spread
-# latents without limit, and nothing could learn where they are. So the KL stays although a flow draws z later.
+# Why p(z) and not p(z | c)? A learned p(z | c) is better: that is stage 3. In stage 1 N(0, I) is a common unit.
+# It keeps latents near zero and of a size near one, and its KL charges for each nat that z says about x. Without
+# it the encoder could spread latents without limit, and nothing could learn where they are. So the KL stays
+# although a flow draws z later.
 #
-# The likelihood p(x | z, c) is a Gaussian around x_hat with one variance for all D values. A fixed variance
-# would weigh the two terms against each other, as a hand-tuned "beta" does. The best one is known, the mean
-# squared error: put it in (sigma-VAE, Rybkin et al. 2021, arXiv 2006.13202)
+# The likelihood p(x | z, c) is a Gaussian around x_hat with one variance for all D values. A variance chosen by
+# hand would weigh the two terms, as a "beta" does. The most likely one is known, the mean squared error: put it in
+# (sigma-VAE, Rybkin et al. 2021, arXiv 2006.13202)
 #
 #     -log p(x | z, c) = D/2 log(2 pi variance) + |x - x_hat|² / (2 variance)
 #                      = D/2 log(MSE) + a constant          at  variance = MSE = |x - x_hat|² / D
 #
 # So what training lowers is D/2 log(MSE) + KL: halve the squared error, and you may pay D/2 log 2 nats for it.
 #
-# Units. A natural logarithm counts nats; a bit is log 2 nats. Minus the ELBO, in bits, bounds what storing the
-# picture takes, and compares across models: bits per dimension = (NLL + KL) / (D log 2) + log2(256). Usual at
-# 64 pixels: 5 to 6 bits, 500 to 2,000 nats of KL, a PSNR (-10 log10 MSE) of 22 to 29 dB. (Pixels are 256 levels,
-# not real numbers. Spreading each over its width of 1/256, dequantisation, adds 1/(12·256²) to the MSE.)
+# Units. A natural logarithm counts nats; a bit is log 2 nats. Bits per dimension = (NLL + KL) / (D log 2) +
+# log2(256) bound what storing the picture takes. Usual at 64 pixels: 5 to 6 bits, 500 to 2,000 nats of KL, a PSNR
+# (-10 log10 MSE) of 22 to 29 dB. (Pixels are 256 levels. Spreading each over its width, dequantisation, adds
+# 1/(12·256²) to the MSE.)
 
 QUANTISATION = 1 / (12 * 256**2)
 
@@ -501,8 +473,8 @@ def original_loss(x_hat, x, kl, kl_weight=1.0, variance=None):
     """The report's loss: BCE summed over pixels, averaged over channels, + 0.5 KL + 0.1 (1 - SSIM).
 
     Cross-entropy on values that are not 0 or 1 is no likelihood; it acts like a Gaussian of a large variance,
-    under which hardly anything is worth its KL. So the latents go unused and the pictures blur. SSIM (Wang et
-    al. 2004) compares means, variances and covariances of small windows; its share is too small to matter.
+    under which hardly anything is worth its KL: the pictures blur. SSIM (Wang et al. 2004) compares means,
+    variances and covariances of small windows; its share is too small to matter.
     """
     bce = F.binary_cross_entropy(x_hat, x, reduction="none").sum((1, 2, 3)) / 3
     return (bce + 0.5 * kl_weight * kl + 0.1 * (1 - ssim(x_hat, x)) / len(x)).mean()
@@ -516,11 +488,9 @@ OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 #     print((0.5 * (logvar.exp() + mu**2 - 1 - logvar)).sum(1)[0].round())            # (G, G), of the first picture
 
 # %% 5. Training ------------------------------------------------------------------------------------
-# Three stages, one loop. All pictures fit in memory as bytes (20,000 at 128 pixels are 1 GB), so there is no
-# DataLoader: the whole uint8 tensor lives on the device, and a batch is an index into it.
-#
-# All randomness of step n comes from (seed, n). So a run is determined by its configuration, and resuming needs
-# no more than weights, optimiser and n.
+# Three stages, one loop. All pictures fit in memory as bytes (20,000 at 128 pixels are 1 GB), so the whole uint8
+# tensor lives on the device, and a batch is an index into it. All randomness of step n comes from (seed, n), so
+# resuming needs no more than weights, optimiser and n.
 
 CONFIG = {  # every setting of a training: each is an option of `train`, and checkpoints carry them all
     "data": "data/data.pt", "size": 64, "latents": "grid", "channels": 12, "prior": "flow", "objective": "elbo",
@@ -578,7 +548,7 @@ def take_step(networks, optimizer, scaler, loss, rate):
 def update_ema(ema, network, step):
     """Move the exponential moving average of the weights towards the weights: slowly, but quickly at first.
 
-    The average is what samples: it has less noise than any single step's weights (Polyak & Juditsky 1992).
+    The average is what samples: it has less noise than the weights of any step (Polyak & Juditsky 1992).
     """
     rate = max(0.001, 9 / (step + 9))  # 0.001: an average over some thousand steps
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), rate)
@@ -590,14 +560,14 @@ def fit(run, stage, networks, loss, validate, draw):
     """The training loop of all three stages; writes best.pt, last.pt, loss.png and epoch.png.
 
     networks: an nn.ModuleDict; the averages of its "vae" and "prior" go into run.models. loss(index, progress):
-    of photographs (n,), after this share of the steps. validate(): a dict of figures; best.pt keeps the lowest
-    "loss", or the last where there is none. draw(path): a picture. Raises UserError when the loss is no number
-    or the training diverges, KeyboardInterrupt, after saving, on Ctrl-C and SIGTERM.
+    of photographs (n,), after this share of the steps. validate(): figures; best.pt keeps the lowest "loss", or the
+    last where there is none. draw(path): a picture. Raises UserError when the loss is no number or the training
+    diverges, KeyboardInterrupt, after saving, on Ctrl-C and SIGTERM.
     """
     train, (rank, world) = indices(run.data, TRAIN), processes()
     epochs, batch, peak = (run.config[setting(stage, name)] for name in ("epochs", "batch", "lr"))
     batch = max(1, min(batch, len(train)) // world) * world  # few photographs still train
-    epoch_steps = max(1, len(train) // batch)                # the rest has its turn after another shuffle
+    epoch_steps = max(1, len(train) // batch)
     total, period = epochs * epoch_steps, math.ceil(epochs / 30) * epoch_steps  # at most thirty validations
     ema = deepcopy(networks).requires_grad_(False).eval()
     run.models |= {name: network for name, network in ema.items() if name in run.models}
@@ -763,9 +733,9 @@ def train_decoder(run):
 # %% 7. The prior -----------------------------------------------------------------------------------
 # The VAE is trained; now draw z from N(0, I) and decode it: fog. Why? Training pulls each q(z | x, c) towards
 # N(0, I), one picture at a time, and stops where the picture would suffer. Nothing makes the latents of all
-# photographs together, the aggregated posterior, look like N(0, I). In it neighbouring cells agree (sky
-# beside sky), and it depends on c. N(0, I) knows neither, so its draws are latents that no picture ever had.
-# (train draws both as prior.png.) The cure is to learn the distribution of the latents: p(z | c).
+# photographs together, the aggregated posterior, look like N(0, I). In it neighbouring cells agree (sky beside
+# sky), and it depends on c. So draws from N(0, I) are latents that no picture ever had (prior.png shows both).
+# The cure is to learn the distribution of the latents: p(z | c).
 #
 # Flow matching (Lipman et al. 2023, arXiv 2210.02747 [3]; Liu et al. 2023, arXiv 2209.03003) learns it by
 # regression. Join a latent z and noise by a straight line, and walk along it with time t:
@@ -773,15 +743,15 @@ def train_decoder(run):
 #     z_t = (1 - t) z + t noise        t = 0: a latent, t = 1: noise        velocity  dz_t / dt = noise - z
 #
 # A network sees z_t, t and c, and predicts the velocity. Many lines cross at z_t, so the best prediction is the
-# mean of their velocities, and a theorem says: whoever starts at noise and follows these means back to t = 0
-# ends in a draw from p(z | c). That is all of sampling.
+# mean of their velocities, and a theorem says: who starts at noise and follows these means back to t = 0 ends in a
+# draw from p(z | c). That is all of sampling.
 #
 # Why is this mean no blur, when the decoder's mean was one? The decoder answers once, for all pictures that fit.
-# Here a mean decides only the next small step. After it z_t is elsewhere, fewer latents are still possible, and
-# the next mean is over those; at the end one is left. The noise at the start decided which.
+# Here a mean decides only the next small step. After it fewer latents are still possible, and the next mean is
+# over those; at the end one is left. The noise at the start decided which.
 #
-# The network is a small transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748): each 2x2 patch of the grid
-# is a token (cells would be four times the work), and by attention all patches agree. A flat latent is one.
+# The network is a small transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748): each 2x2 patch of the grid is a
+# token, and by attention all patches agree. A flat latent is one token.
 
 TIME_DIM = 64  # numbers that describe the time t
 HEAD_DIM = 64  # width of an attention head
@@ -791,7 +761,7 @@ class Block(nn.Module):
     """A transformer block whose norms are set by time and condition (adaLN-zero, from DiT).
 
     Tokens (N, T, W) and cond (N, W) -> tokens (N, T, W). From cond come, for attention and for the MLP, a shift
-    and a scale of the input and a gate on the output. The gates begin at zero: a new block changes nothing.
+    and a scale of the input and a gate on the output. Gates begin at zero: a new block changes nothing.
     """
 
     def __init__(self, width):
@@ -833,8 +803,7 @@ class Flow(nn.Module):
         for layer in (self.adaln, self.to_velocity):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        # the flow works on latents of mean 0 and variance 1 in each channel, as noise has, so that the middle
-        # of the way is a fair mixture of the two
+        # the flow works on latents of mean 0 and variance 1 in each channel, as noise has
         self.register_buffer("latent_mean", torch.zeros(channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(channels, 1, 1))
 
@@ -843,8 +812,8 @@ class Flow(nn.Module):
         h = F.pixel_unshuffle(z, self.patch)                                            # (N, 4C, G/2, G/2)
         grid = h.shape[2:]
         h = self.patch_embed(h.flatten(2).transpose(1, 2)) + self.pos_embed             # (N, T, W)
-        # t as waves, fast to slow, as if it were a position in a text from 0 to 1000 (arXiv 1706.03762): with
-        # the number alone a network could hardly treat 0.01 and 0.05 differently
+        # t as waves, fast to slow, like a position in a text (arXiv 1706.03762): from the number alone a network
+        # could hardly tell 0.01 from 0.05
         frequencies = torch.exp(-math.log(10000) * torch.linspace(0, 1, TIME_DIM // 2, device=t.device))
         waves = 1000 * t[:, None] * frequencies
         time = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))                  # (N, W)
@@ -860,8 +829,8 @@ def flow_loss(flow, z, embedding, modality, p_uncond=0.1):
     """Mean squared error of the predicted velocities of standardised latents z (n, C, G, G): a scalar.
 
     Times are logit-normal: the middle of the way, where prediction is hardest, is visited most (Esser et al.
-    2024, arXiv 2403.03206). A tenth of the conditions is dropped, so that the network also learns latents in
-    general. Guidance needs that: asked with NULL, a network that never saw it would answer anything.
+    2024, arXiv 2403.03206). A tenth of the conditions is dropped, for guidance: asked with NULL, a network that
+    never saw it would answer anything.
     """
     t = torch.sigmoid(torch.randn(len(z), 1, 1, 1, device=z.device))                    # (n, 1, 1, 1)
     noise = torch.randn_like(z)
@@ -872,10 +841,7 @@ def flow_loss(flow, z, embedding, modality, p_uncond=0.1):
 
 @torch.no_grad()
 def cache_latents(vae, images, data, index, flip=False):
-    """q(z | x, c) of photographs and their mirror images: mu, sigma (n, 1 or 2, C, G, G) in float16.
-
-    Half the memory of float32: without it the latents of many photographs would fill more than their pixels.
-    """
+    """q(z | x, c) of photographs and their mirror images: mu, sigma (n, 1 or 2, C, G, G) in float16."""
     mu = torch.empty(len(index), 2 if flip else 1, *vae.shape, device=index.device, dtype=torch.float16)
     sigma = torch.empty_like(mu)
     places = torch.arange(len(index), device=index.device)
@@ -883,7 +849,7 @@ def cache_latents(vae, images, data, index, flip=False):
         x = get_images(images, index[place], index.device)
         for version, seen in enumerate([x, x.flip(3)] if flip else [x]):
             mean, logvar = vae.encode(seen, data["image_embeddings"][index[place]], IMAGE)
-            mu[place, version], sigma[place, version] = mean.half(), torch.exp(0.5 * logvar).half()
+            mu[place, version], sigma[place, version] = mean.half(), torch.exp(logvar / 2).half()
     return mu, sigma
 
 
@@ -930,10 +896,9 @@ def train_prior(run):
 #     python cvae.py sample "a sheep on green grass"
 
 # %% 8. Sampling ------------------------------------------------------------------------------------
-# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a latent
-# for it, the decoder draws the latent. `sample --image` starts from CLIP's image encoder instead.
-# `--interpolate` keeps the noise and walks from one condition to another. `--rerank` lets CLIP choose.
-# Without a flow (`--prior normal`) the starting noise itself is the latent, a draw from N(0, I).
+# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a latent for
+# it, the decoder draws the latent. `sample --image` starts from CLIP's image encoder instead. `--interpolate` keeps
+# the noise and walks from one condition to another. Without a flow (`--prior normal`) the noise is the latent.
 
 GUIDANCE = 1.5  # chosen on the validation split: what is asked for and variety both count
 STEPS = 16      # more change little
@@ -953,8 +918,8 @@ def sample_flow(flow, noise, embedding, modality, guidance=GUIDANCE, steps=STEPS
         if guidance != 1:
             unconditional = flow(z, t.expand(len(z)), embedding, NULL)
             velocity = unconditional + guidance * (velocity - unconditional)
-        # A straight step (Euler's method) cuts every corner, and the pictures lose their contrast. So we also
-        # lean the way the velocity has been turning: the Adams-Bashforth method, of order two, no dearer.
+        # A straight step (Euler's method) cuts every corner, and pictures lose contrast. So we also lean the way
+        # the velocity has been turning: the Adams-Bashforth method, of order two, no dearer.
         ahead = velocity if previous is None else 1.5 * velocity - 0.5 * previous
         z, previous = z + (t_next - t) * ahead, velocity
         trajectory.append(z)
@@ -987,18 +952,16 @@ def slerp(a, b, steps):
 
 # %% 9. Evaluation ----------------------------------------------------------------------------------
 # A loss says how well pictures are stored, not how well prompts are answered. unCLIP (Ramesh et al. 2022, arXiv
-# 2204.06125) asked people three questions. We ask CLIP the same ones, and a fourth, always about the test split,
-# which nothing else has seen:
+# 2204.06125) asked people three questions. We ask CLIP, and a fourth, always about the test split:
 #
 #     does the picture show the caption?   CLIP score, and R-precision: of 100 captions, is its own nearest?
 #     do samples of one caption differ?    mean distance between their CLIP embeddings
 #     do they look like photographs?       CMMD, a distance between two sets of embeddings
 #     are they copies?                     how far it is from a sample to the nearest training picture
 #
-# Real photographs answer the same questions beside them: a yardstick. CLIP is a biased judge here, since the
-# model was trained on its embeddings. That is also why samples can beat photographs in R-precision: a sample
-# shows what CLIP read in the caption and nothing else, a photograph also what nobody mentioned. Look at the
-# pictures, too.
+# Real photographs answer the same questions: a yardstick. CLIP is a biased judge here, since the model was trained
+# on its embeddings. So samples can beat photographs in R-precision: a sample shows what CLIP read in the caption and
+# nothing else, a photograph also what nobody mentioned. Look at the pictures, too.
 
 
 def caption_match(images, own, texts):
@@ -1041,37 +1004,6 @@ def compute_metrics(images, own, texts, reference, training, asked=slice(None)):
     return caption_match(images[asked], own, texts) | {
         "diversity": diversity(images[asked], own), "CMMD": cmmd(images, reference),
         "nearest": nearest_neighbour(images, training)[0].median().item()}
-
-
-@torch.no_grad()
-def measure_samples(models, images, data, clip_model, guidances, steps, seed):
-    """Ask all four questions about test photographs, and about samples for a hundred of their captions.
-
-    Returns a table {row: figures} and, of the samples at the last guidance, the pictures, how far each is
-    from the nearest training photograph, and which that is (a number of the data).
-    """
-    test, train = indices(data, TEST), indices(data, TRAIN)
-    # photographs are judged at the model's own size, or their sharpness would be what sets them apart
-    real = encode_images(clip_model, get_images(images, test, test.device))             # (M, E)
-    real_train = torch.cat([encode_images(clip_model, get_images(images, batch, test.device)) for batch in
-                            tqdm(train.split(256), desc="training photographs", leave=False)])
-    # a hundred captions, one of a photograph (a second one would be no wrong answer), of the five in turn
-    captions = [data["captions"][number][place % CAPTIONS] for place, number in enumerate(test.tolist())]
-    captions = list(dict.fromkeys(captions))[:100]                                      # no two are alike
-    texts = encode_texts(clip_model, captions)                                          # (100, E)
-    asked = [(place, captions.index(caption)) for place, number in enumerate(test.tolist())
-             for caption in dict.fromkeys(data["captions"][number]) if caption in captions]
-    place, own = torch.tensor(asked, device=test.device).T
-    table = {"photographs": compute_metrics(real, own, texts, real_train, real_train, asked=place)}
-    own = torch.arange(len(texts), device=test.device).repeat_interleave(4)             # four of each caption
-    for guidance in guidances:
-        torch.manual_seed(seed)
-        noise = torch.randn(len(own), *models["vae"].shape, device=test.device)
-        pictures = generate(models, texts[own], TEXT, noise, guidance, steps)
-        drawn = encode_images(clip_model, pictures)
-        table[f"samples, guidance {guidance:g}"] = compute_metrics(drawn, own, texts, real, real_train)
-    distance, which = nearest_neighbour(drawn, real_train)
-    return table, pictures, distance, train[which]
 
 
 # Try it: an untrained prompt. What does R-precision say when guidance is off? (`nearest.png` shows copies, if any.)
@@ -1248,8 +1180,7 @@ def train_toy_clip(root, path, steps=400, batch=128):
 
 def choose_device(request=None):
     """The device that was asked for, or the fastest that PyTorch sees; under torchrun each process has its own."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [name for name in there if there[name]]
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if request and request not in available:
         raise UserError(f"PyTorch sees no {request} device here; --device takes one of: {', '.join(available)}.")
     name = request or available[0]
@@ -1259,8 +1190,7 @@ def choose_device(request=None):
 def choose_precision(device, request=None):
     """The number format of convolutions and matrix products, by default the fastest that serves.
 
-    bfloat16 has float32's range and needs no care. float16 is what an older card (Colab's T4) computes
-    fast; its range is small, so fit scales the loss. Losses and normalisations stay in float32.
+    float16 is what an older card (Colab's T4) computes fast; its range is small, so fit scales the loss.
     """
     possible = {"cuda": ["bfloat16", "float16", "float32"], "mps": ["float32"],
                 "cpu": ["float32", "bfloat16", "float16"]}[device.type]
@@ -1290,7 +1220,7 @@ def compiled(network, run):
 
 
 # Several processes: `torchrun --nproc_per_node N -- cvae.py train ...`. Each takes its share of every batch, and all
-# take the same step, by the mean of their gradients. The first one writes and prints.
+# take the same step, along the mean of their gradients. The first one writes and prints.
 
 def processes():
     """Which process this is, and how many there are: (0, 1) without torchrun."""
@@ -1353,8 +1283,7 @@ def first_line(error):
 def atomic(path):
     """Give a temporary path beside `path`; rename it to `path` only if the block succeeds.
 
-    A rename within a folder is atomic, so a reader meets the old file or the new one, never half of
-    one, whether the writer was killed, ran out of disk or raced another writer.
+    A rename within a folder is atomic: a reader meets the old file or the new one, never half of one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1393,8 +1322,7 @@ def save(content, path, kind):
 def load(path, kind):
     """Read a file that `save` wrote and check that it is of this kind and of today's version.
 
-    weights_only=True reads tensors and plain containers and runs no code, whatever the file holds.
-    mmap=True maps the file: pages are read when they are first touched. testzip compares the check sums.
+    weights_only=True runs no code, whatever the file holds. mmap=True reads pages when they are first touched.
     """
     anew = f"python cvae.py {'prepare' if kind == 'data file' else 'train'}"
     try:
@@ -1419,7 +1347,7 @@ def load(path, kind):
 
 def as_id(value):
     """An id as text, so that 7, 7.0 and "7" are the same photograph. Names are ids, too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value != value:
+    if type(value) not in (int, float, str):  # a bool is no id
         raise ValueError(f"{value!r} is no id")
     return str(int(value) if isinstance(value, float) else value).strip()
 
@@ -1494,7 +1422,7 @@ def load_image(path, box):
 def load_clip(name, device="cpu"):
     """CLIP by model name ("ViT-B/32": fetched once to ~/.cache/clip) or by the path of its weights.
 
-    On CUDA the model computes in half precision. Raises UserError when the weights can't be had.
+    Raises UserError when the weights can't be had.
     """
     from clip import available_models, load  # pip's other clip has neither: main explains
     if not os.path.isfile(name):  # people write ViT-B-32, and open_clip ViT-B-32-quickgelu
@@ -1524,44 +1452,42 @@ def embed_photographs(model, paths, device, batch=32):
     """
     side, cores = model.visual.input_resolution, torch.get_num_threads()
 
-    def work(some):
+    def work(numbers):
         squares, problems = [], []
-        for number, path in enumerate(some):
+        for number in numbers:
             try:
-                photograph = load_image(path, max(side, SIZE))
-                squares.append((number, centre_square(photograph, side), centre_square(photograph, SIZE)))
+                photograph = load_image(paths[number], max(side, SIZE))
+                squares.append((number, centre_square(photograph, SIZE), centre_square(photograph, side)))
             except (OSError, ValueError) as error:
-                problems.append(f"{path}: {first_line(error)}")
+                problems.append(f"skipped: {paths[number]}: {first_line(error)}")
         if not squares:
-            return [], problems, None, None
-        good, for_clip, for_vae = zip(*squares)
-        return good, problems, torch.stack(for_vae), encode_images(model, torch.stack(for_clip).to(device))
+            return [], [], [], problems
+        good, for_vae, for_clip = zip(*squares)
+        return good, torch.stack(for_vae), encode_images(model, torch.stack(for_clip).to(device)), problems
 
-    # Each core works through batches of its own. Threads that share a batch wait for each other after
-    # every layer, longest when one of them has just lost its core to the decoding of the next batch. Decoding
-    # holds Python's lock for a twentieth of its time, so that threads will do, and notebooks can start them.
+    # Each core works through batches of its own: threads that share a batch wait for each other after every layer.
+    # Decoding hardly holds Python's lock, so that threads will do.
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(cores)
-    starts = range(0, len(paths), batch)
-    batches = [paths[start:start + batch] for start in starts]
+    batches = [range(start, min(start + batch, len(paths))) for start in range(0, len(paths), batch)]
     images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
     kept, embeddings = [], []
     try:
         with tqdm(total=len(paths), desc="CLIP, images", unit="img") as bar:
-            for start, (good, problems, for_vae, embedding) in zip(starts, pool.map(work, batches)):
+            for good, for_vae, embedding, problems in pool.map(work, batches):
                 for problem in problems:
-                    tqdm.write(f"skipped: {problem}")
-                if good:
-                    images[len(kept):len(kept) + len(good)] = for_vae
-                    kept += [start + number for number in good]
-                    embeddings.append(embedding)
+                    tqdm.write(problem)
+                for number, square, vector in zip(good, for_vae, embedding):
+                    images[len(kept)] = square
+                    kept.append(number)
+                    embeddings.append(vector)
                 bar.update(len(good) + len(problems))
     finally:  # also on Ctrl-C: what has not started never does
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
     if not kept:
         raise UserError("None of the photographs can be read.")
-    return kept, images[:len(kept)], torch.cat(embeddings).cpu()
+    return kept, images[:len(kept)], torch.stack(embeddings).cpu()
 
 
 # Data files, and what training asks of them --------------------------------------------------------
@@ -1730,18 +1656,16 @@ def checkpoint_path(name, file="best.pt"):
 
 def claim_run(name, config):
     """Make a run's folder, and fail if it is there: two trainings never share one."""
-    stamp = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config['size']}-{config['latents']}-{config['prior']}"
-    for candidate in [name] if name else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]:
-        folder = Path(candidate)
+    while True:
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{config['size']}-{config['latents']}-{config['prior']}"
+        folder = Path(name or f"runs/{stamp}")
         try:
             folder.mkdir(parents=True)
-            must_be_writable(folder)
             return folder
         except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{folder} can't be made: {error.strerror}.") from error
-    raise UserError(f"{folder} can't be made, it exists already. Remove it, or choose another --run.")
+            if name:
+                raise UserError(f"{name} exists already. Go on with a run by --resume, or choose another --run.") from None
+            time.sleep(1)  # another training began within this second
 
 
 def stages_of(config):
@@ -1780,8 +1704,6 @@ def open_run(args, device):
     if args.resume:
         folder, config, checkpoint = resume(args, given)
     else:
-        if args.run and (Path(args.run) / "last.pt").exists():
-            raise UserError(f"{args.run} already holds a run. Continue it with --resume, or choose another --run.")
         model = args.model or ("base" if device.type == "cuda" else "small")
         print(f"--model {model}, " + ("as you asked" if args.model else f"the size for {device.type}"))
         config, checkpoint = CONFIG | MODELS[model] | given, None
@@ -1867,13 +1789,12 @@ def read_requests(args, clip_model, device):
 
 
 def sample_path(folder, label):
-    """A new file name in `folder`, made of the label's letters and digits of any script, and nothing else."""
+    """A new file name in `folder`, made of the label's letters and digits of any script."""
     text = unicodedata.normalize("NFKC", label).lower()
     text = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
     encoding = sys.getfilesystemencoding(), "ignore"  # under LC_ALL=C it may be ASCII
     name = re.sub("-+", "-", text).encode(*encoding)[:120].decode(*encoding).strip("-") or "sample"
-    if re.fullmatch(r"con|prn|aux|nul|(com|lpt)\d", name):  # these name devices on Windows
-        name = f"sample-{name}"
+    name = re.sub(r"^(con|prn|aux|nul|(com|lpt)\d)$", r"sample-\1", name)  # these are devices on Windows
     path, number = Path(folder) / f"{name}.png", 2
     while path.exists():
         path, number = Path(folder) / f"{name}-{number}.png", number + 1
@@ -1942,10 +1863,7 @@ def save_curves(path, history):
 
 @torch.no_grad()
 def save_prior_picture(path, models, images, data):
-    """Show why a prior must be learned: latents of photographs, draws from N(0, I), draws from the flow.
-
-    All three are seen along the two directions in which the latents of photographs vary most.
-    """
+    """Draw latents of photographs, N(0, I) and the flow, along the two directions in which the first vary most."""
     index = indices(data, TRAIN)[:500]
     mu, sigma = (t[:, 0].float() for t in cache_latents(models["vae"], images, data, index))
     torch.manual_seed(0)
@@ -1976,8 +1894,8 @@ COCO_URL = "http://images.cocodataset.org"  # plain http: its certificate does n
 def fetch(url, path, check, progress=None):
     """Download `url` to `path`: retried with back-off, checked, renamed into place only when whole.
 
-    check(temporary path) raises ValueError for content that was not wanted; progress(blocks, their size,
-    total) hears how it goes. Raises UserError for an address that is not http(s), OSError after the last attempt.
+    check(temporary path) raises ValueError for content that was not wanted. Raises UserError for an address that
+    is not http(s), OSError after the last attempt.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url!r} is not an http or https address; it was not opened.")
@@ -2058,13 +1976,13 @@ def fetch_photographs(photographs, folder, base_url):
 
 def prepare(args):
     """Fetch what is missing, crop, embed with CLIP, and write one data file for all trainings."""
-    words = args.words or THEMES[args.theme or "bucolic"]
+    words = args.words or THEMES[args.theme]
     must_be_writable(Path(args.data).parent, Path(args.data))
     device = choose_device(args.device)
-    root, server = Path(args.coco or "data/coco"), args.mirror or COCO_URL
+    root = Path(args.coco or "data/coco")
     captions_path = root / f"annotations/captions_{args.split}.json"
     if not args.coco:
-        fetch_annotations(captions_path, server)
+        fetch_annotations(captions_path, args.mirror)
     elif not captions_path.exists() and (root / captions_path.name).exists():
         captions_path = root / captions_path.name
     photographs = read_captions(captions_path, words)
@@ -2072,7 +1990,7 @@ def prepare(args):
     folder = next((place for place in places if any(is_there(place, p) for p in photographs)), places[0])
     model = load_clip(args.clip, device)  # before the long download: a mistake should show early
     if not args.coco:
-        fetch_photographs(photographs, folder, server)
+        fetch_photographs(photographs, folder, args.mirror)
     on_disk = [p for p in photographs if is_there(folder, p)]
     if not on_disk:
         raise UserError(f"None of the {len(photographs)} photographs is in {' or '.join(map(str, places))}.")
@@ -2166,6 +2084,37 @@ def sample(args):
 
 
 @torch.no_grad()
+def measure_samples(models, images, data, clip_model, guidances, steps, seed):
+    """Ask all four questions about test photographs, and about samples for a hundred of their captions.
+
+    Returns a table {row: figures} and, of the samples at the last guidance, the pictures, how far each is
+    from the nearest training photograph, and which that is (a number of the data).
+    """
+    test, train = indices(data, TEST), indices(data, TRAIN)
+    # photographs are judged at the model's own size, or their sharpness would be what sets them apart
+    real = encode_images(clip_model, get_images(images, test, test.device))             # (M, E)
+    real_train = torch.cat([encode_images(clip_model, get_images(images, batch, test.device)) for batch in
+                            tqdm(train.split(256), desc="training photographs", leave=False)])
+    # a hundred captions, one of a photograph (a second one would be no wrong answer), of the five in turn
+    captions = [data["captions"][number][place % CAPTIONS] for place, number in enumerate(test.tolist())]
+    captions = list(dict.fromkeys(captions))[:100]                                      # no two are alike
+    texts = encode_texts(clip_model, captions)                                          # (100, E)
+    asked = [(place, captions.index(caption)) for place, number in enumerate(test.tolist())
+             for caption in dict.fromkeys(data["captions"][number]) if caption in captions]
+    place, own = torch.tensor(asked, device=test.device).T
+    table = {"photographs": compute_metrics(real, own, texts, real_train, real_train, asked=place)}
+    own = torch.arange(len(texts), device=test.device).repeat_interleave(4)             # four of each caption
+    for guidance in guidances:
+        torch.manual_seed(seed)
+        noise = torch.randn(len(own), *models["vae"].shape, device=test.device)
+        pictures = generate(models, texts[own], TEXT, noise, guidance, steps)
+        drawn = encode_images(clip_model, pictures)
+        table[f"samples, guidance {guidance:g}"] = compute_metrics(drawn, own, texts, real, real_train)
+    distance, which = nearest_neighbour(drawn, real_train)
+    return table, pictures, distance, train[which]
+
+
+@torch.no_grad()
 def evaluate(args):
     """Measure a run on test photographs and captions; print a table.
 
@@ -2228,11 +2177,11 @@ def demo(args):
 
 # Options -------------------------------------------------------------------------------------------
 
-def between(kind, low, high):
-    """An argparse type: a number of the given kind from low to high."""
+def between(number, low, high):
+    """An argparse type: an int or a float from low to high."""
 
     def parse(text):
-        value = kind(text)
+        value = number(text)
         if not low <= value <= high:  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
@@ -2297,11 +2246,13 @@ def parse_arguments(argv=None):
         return argument.encode(errors="surrogateescape").decode()
 
     p = command(prepare, "fetch COCO's matching photographs, crop and embed them: one data file")
-    p.add_argument("--theme", choices=THEMES, help="word list that captions must match (default: bucolic)")
-    p.add_argument("--words", nargs="+", type=text, metavar="WORD", help="a word list of your own")
-    p.add_argument("--split", default="train2017", type=plain_name, help="part of COCO (default: train2017)")
-    p.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
-    p.add_argument("--mirror", metavar="URL", help=f"address to fetch from (default: {COCO_URL})")
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--theme", choices=THEMES, default="bucolic", help="list of words to find (default: %(default)s)")
+    group.add_argument("--words", nargs="+", type=text, metavar="WORD", help="words of your own")
+    p.add_argument("--split", default="train2017", type=plain_name, help="split of COCO (default: %(default)s)")
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
+    group.add_argument("--mirror", metavar="URL", default=COCO_URL, help="address to fetch from (default: %(default)s)")
     p.add_argument("--clip", default="ViT-B/32", help="CLIP's name, or a weights file (default: ViT-B/32)")
     p.add_argument("--data", default=CONFIG["data"], help="data file to write (default: %(default)s)")
 
@@ -2345,8 +2296,6 @@ def parse_arguments(argv=None):
 def refuse_contradictions(args):
     """Options that make no sense together are refused, rather than one of them ignored."""
     given = {name for name, value in vars(args).items() if value}  # neither None nor zero, False, empty
-    if {"theme", "words"} <= given or {"coco", "mirror"} <= given:
-        raise UserError("Give --theme or --words, not both; --coco (nothing is fetched) or --mirror, not both.")
     if args.function is sample:
         if not given & {"prompts", "image"}:
             raise UserError('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')

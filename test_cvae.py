@@ -1257,13 +1257,14 @@ def test_options_of_a_resumed_run_take_effect_or_are_refused(world, run_folder, 
 
 
 def test_two_trainings_never_share_a_folder(world, here, monkeypatch):
-    monkeypatch.setattr(cvae.time, "strftime", lambda form: "the-same-second")
+    moments = iter(["a second", "a second", *9 * ["the next"]])
+    monkeypatch.setattr(cvae.time, "strftime", lambda form: next(moments))
     for _ in range(2):
         cvae.main(["train", "--data", str(world / "data.pt"), "--epochs", "1", "--decoder-epochs", "0", "--prior", "normal"])
     assert len(list(Path("runs").iterdir())) == 2
     (here / "file").write_text("")
-    assert "can't be made" in stops("train", "--data", world / "data.pt", "--run", "file")
-    assert "can't be made" in stops("train", "--data", world / "data.pt", "--run", "file/run")
+    assert "file exists already" in stops("train", "--data", world / "data.pt", "--run", "file")
+    assert "Not a directory: 'file/run'" in stops("train", "--data", world / "data.pt", "--run", "file/run")
     (here / "empty").mkdir()
     assert "exists already" in stops("train", "--data", world / "data.pt", "--run", "empty")
 
@@ -3051,7 +3052,7 @@ def training_steps(model, size, device, dtype, compile, stages=("vae", "prior"),
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cvae, "fit", catch)
         for stage in stages:
-            getattr(cvae, f"train_{stage}")(cvae.Run(Path("."), config, data, images, device, dtype, models, {}))
+            getattr(cvae, f"train_{stage}")(cvae.Run(Path("."), config, data, images, device, dtype, models, {"vae": [{}, {"loss": 0.0, "psnr": 0.0}]}))
     return steps
 
 
