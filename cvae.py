@@ -86,7 +86,8 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
     warnings.filterwarnings("ignore", message)
 
 # %% 0. The method ----------------------------------------------------------------------------------
-# All of it, with the shapes of one picture of 64 pixels. Each line is a line of code further down.
+# All of it, with the shapes of one picture of 64 pixels. Each line returns as code, with its details, further down.
+# `noise` is a draw from the normal distribution N(0, I), a new one each time; KL measures how far q is from N(0, I).
 #
 #     Stage 1: the VAE                                    # sections 3 to 5
 #         mu, logvar = encode(x, c)                       # 3x64x64 -> 12x8x8 each
@@ -95,25 +96,23 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
 #         loss = D / 2 * log(MSE(x_hat, x)) + KL(q, N(0, I))
 #
 #     Stage 2: the decoder's second lesson                # section 6; the encoder is frozen
-#         loss = MSE(x_hat, x) / (2 * variance) - 0.2 * critic(x_hat)     # 3x64x64 -> 1x8x8 opinions
+#         loss = MSE(x_hat, x) / (2 * variance) - 0.2 * critic(x_hat)     # critic: 3x64x64 -> 1x8x8
 #         critic's loss = max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))
 #
-#     Stage 3: the prior                                  # section 7; all latents are computed once
+#     Stage 3: the prior                                  # section 7; every mu and sigma is computed once
 #         z_t = (1 - t) * z + t * noise                   # 12x8x8, seen as 16 tokens of 2x2x12 numbers
-#         loss = MSE(flow(z_t, t, c), noise - z)          # the velocity from z to noise: 12x8x8
+#         loss = MSE(flow(z_t, t, c), noise - z)          # flow predicts the velocity: 12x8x8
 #
 #     Sampling "sheep on a hill"                          # section 8
 #         c = CLIP's text encoder("sheep on a hill")      # 512 numbers
 #         z = noise
 #         for t in 16/16, 15/16, ..., 1/16:
-#             z = z - flow(z, t, c) / 16                  # a step against the velocity, towards the latents
+#             z = z - flow(z, t, c) / 16                  # a step against the velocity, towards a latent
 #         picture = decode(z, c)                          # 12x8x8 -> 3x64x64
 #
 # One letter, one meaning:
-#
-#     x, x_hat     a picture, a reconstruction     (N, 3, S, S)    N pictures of S pixels, values in [0, 1]
-#     D            values of a picture             3 · S · S
-#     z            latents                         (N, C, G, G)    G = S / 8 cells a side, C = 12 channels
+#     x, x_hat     a picture, a reconstruction     (N, 3, S, S)    N pictures, each of D = 3 · S · S values in [0, 1]
+#     z            a latent: all its numbers       (N, C, G, G)    G = S / 8 cells a side, C = 12 channels
 #     mu, logvar   of q(z | x, c)                  (N, C, G, G)    sigma = exp(logvar / 2)
 #     c            condition: a CLIP embedding     (N, E)          E = 512 for ViT-B/32
 #     modality     whose embedding c is            (N,)            IMAGE, TEXT or NULL (none)
@@ -121,39 +120,30 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
 #     W, T         transformer: width, tokens      (N, T, W)       T = (G / 2)² patches of 2x2 cells
 
 # %% 1. The data ------------------------------------------------------------------------------------
-# MS-COCO (Lin et al. 2014, arXiv 1405.0312) has 118,287 training photographs with five captions each. We want
-# the rural ones, a subject narrow enough for a small model, and the captions choose them: a photograph is bucolic
-# when somebody who described it used one of a few words.
+# MS-COCO (Lin et al. 2014, arXiv 1405.0312) has 118,287 training photographs with five captions each. We take the
+# rural ("bucolic") ones, a subject narrow enough for a small model: those with a theme's word in one caption or more.
 
 THEMES = {
     "bucolic": ["cow", "sheep"],
     "nature": ["cow", "sheep", "mountain", "hill", "countryside", "grass", "forest", "nature", "farm",
                "alpaca", "horse", "landscape", "fence"],
-    "all": [""],  # the empty word is in every caption
-}
+    "all": [""]}  # the empty word is in every caption
 SIZE = 128           # pixels in the data file; a model of 64 pixels averages them down
 CAPTIONS = 5         # captions kept per photograph, COCO's usual number
-TRAIN, VAL, TEST = 0, 1, 2  # the three splits of the data
+TRAIN, VAL, TEST = 0, 1, 2  # splits: one teaches, one chooses checkpoints and settings, one is for `evaluate` alone
 
 
 def word_pattern(words):
-    """A regular expression that finds any of `words` in a caption, as a word or with an ending: cows, hillside.
-
-    The report searched for substrings, so "cow" also found cowboys and scowling men.
-    """
+    """A regular expression that finds `words` in captions, also with an ending (cows, hillside), but no cowboys."""
     stems = "|".join(re.escape(word) for word in words)
     endings = "s|es|y|ed|ous|lands?|sides?|tops?|yards?|house|back"
     return re.compile(rf"(?<!\w)(?:{stems})(?:{endings})?(?!\w)" if any(words) else "", re.IGNORECASE)
 
 
 def read_captions(path, words):
-    """The photographs of a COCO captions file whose captions mention one of `words`: a list of dicts.
-
-    Each has id, file_name, size (width, height) and captions. Raises UserError for a file that is missing or no
-    captions file, and when nothing matches.
-    """
+    """Photographs with one of `words` in a caption: dicts with id, file_name, size (width, height) and captions."""
     images, annotations = read_records(path)
-    # pycocotools joins the two lists, half a second for train2017; it wants captions numbered, and it prints
+    # pycocotools joins the two lists; it wants captions numbered, and it prints
     from pycocotools.coco import COCO
     coco = COCO()
     coco.dataset = {"images": images, "annotations": [a | {"id": i} for i, a in enumerate(annotations)]}
@@ -172,10 +162,7 @@ def read_captions(path, words):
 
 
 def centre_square(photograph, size):
-    """The largest centred square of a PIL image, resized: uint8 tensor (3, size, size).
-
-    CLIP and the VAE both see this crop, so the condition describes the pixels to reconstruct.
-    """
+    """The largest centred square of a PIL image, resized: uint8 (3, size, size). CLIP and the VAE see the same."""
     from torchvision.transforms.v2 import InterpolationMode, functional
     pixels = functional.pil_to_tensor(photograph)                                       # (3, height, width)
     square = functional.center_crop(pixels, [min(photograph.size)] * 2)
@@ -183,12 +170,7 @@ def centre_square(photograph, size):
 
 
 def split_data(images):
-    """Sort photographs into three splits by a hash of their pixels: uint8 (N, 3, 128, 128) -> (N,).
-
-    Training pictures teach. Validation pictures choose: checkpoints and every setting chosen by looking. Test
-    pictures are for `evaluate` alone. Equal pictures have equal hashes: one that is in the data twice is never
-    learned from and judged by at once.
-    """
+    """Assign photographs to splits by a hash of their pixels, so that equal ones stay together: (N, ...) -> (N,)."""
     hashes = [int(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:15], 16) for image in images]
     different, rank = torch.tensor(hashes).unique(return_inverse=True)  # rank among the sorted hashes
     if len(different) < 3:
@@ -206,9 +188,10 @@ def split_data(images):
 #     print(len(found), *found[0]["captions"], sep="\n")
 
 # %% 2. CLIP ----------------------------------------------------------------------------------------
-# CLIP (Radford et al. 2021, arXiv 2103.00020) is an image encoder and a text encoder, trained together so that a
-# picture and its caption point the same way: cos(image, caption) is high for a pair, low for a mismatch. Only
-# directions count, so every embedding is scaled to length one. It has E numbers: 512 for ViT-B/32.
+# CLIP (Radford et al. 2021, arXiv 2103.00020) is an image encoder and a text encoder, trained together: the vectors of
+# a picture and its caption have a high cosine, those of a mismatch a low one. Only the directions of these vectors,
+# called embeddings, count, so each is scaled to length one. It has E numbers: 512 for ViT-B/32, the CLIP we use.
+# `prepare` (appendix C) embeds all pictures and captions once, into one data file.
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -232,34 +215,28 @@ def encode_images(model, images):
 
 @torch.no_grad()
 def encode_texts(model, texts):
-    """Embed N captions with CLIP, which reads 77 tokens, some 55 words, of each: unit vectors (N, E)."""
+    """Embed N captions with CLIP, which reads at most 77 tokens (about 55 words) of each: unit vectors (N, E)."""
     import clip
     device, embeddings = model.text_projection.device, []
     for start in tqdm(range(0, len(texts), 64), "CLIP, captions", leave=False, disable=len(texts) <= 512):
         tokens = clip.tokenize(texts[start:start + 64], model.context_length, truncate=True)    # (n, 77)
-        # CLIP reads from left to right, and the end token has the largest number: what follows the longest
-        # caption's end changes nothing. Captions are short, so most of the work is saved
+        # attention looks only left, and CLIP reads the result at the end token, the largest number: cut what follows
         tokens = tokens[:, :int(tokens.argmax(1).max()) + 1]
         with autocast(CPU, choose_precision(CPU)):
             embeddings.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
     return torch.cat(embeddings)
 
 
-# An embedding never changes, so `prepare` (appendix C) computes all of them once, into one data file.
-#
-# The modality gap. CLIP pulls pairs together only relative to mismatches, so images and captions end up in two
-# separate narrow cones ("Mind the gap", Liang et al. 2022, arXiv 2203.02053). The report trained on image
-# embeddings and prompted with text embeddings, which its decoder had never seen. Here each training picture
-# comes with its own embedding or, at random, with one of its captions', and every network is told the modality.
+# The modality gap. CLIP only asks pairs to be nearer than mismatches, and images and captions end up in two separate
+# narrow cones (Liang et al. 2022, arXiv 2203.02053). The report trained on image embeddings and prompted with text
+# embeddings, which its decoder had never seen. Here a training picture comes with its own embedding or, at random,
+# with that of one of its captions, and every network is told which: the modality.
 
-IMAGE, TEXT, NULL = 0, 1, 2  # modality of a condition; NULL, none, teaches the prior to draw without one
+IMAGE, TEXT, NULL = 0, 1, 2  # modality of a condition; NULL: no condition, which guidance needs (section 8)
 
 
 class Condition(nn.Module):
-    """An embedding as the networks want it: (N, E) and its modality (one number, or (N,)) -> (N, width).
-
-    Within a cone only differences tell, so each modality is standardised by its own mean and deviation.
-    """
+    """Embeddings (N, E) and their modality (one number, or (N,)) as the networks take them: (N, width)."""
 
     def __init__(self, dimensions, width):
         super().__init__()
@@ -270,7 +247,7 @@ class Condition(nn.Module):
         nn.init.zeros_(self.modality.weight)  # at first all modalities look alike
 
     def learn_statistics(self, data, index):
-        """Mean and deviation of both modalities' embeddings, over these photographs of the data."""
+        """Mean and deviation of each modality, whose embeddings differ little: `forward` standardises them."""
         for modality, embeddings in ((IMAGE, data["image_embeddings"][index]),
                                      (TEXT, data["caption_embeddings"][index].flatten(0, 1))):
             self.mean[modality], self.std[modality] = embeddings.mean(0), embeddings.std(0) + 1e-6
@@ -283,10 +260,7 @@ class Condition(nn.Module):
 
 
 def sample_condition(data, index):
-    """For photographs (n,) of the data: embeddings (n, E) and modalities (n,).
-
-    Seven of ten are a caption's, because prompts are what the model will be asked most.
-    """
+    """Embeddings (n, E) and modalities (n,) for photographs (n,): seven of ten a caption's, as prompts will be."""
     modality = torch.where(torch.rand(len(index), device=index.device) < 0.7, TEXT, IMAGE)
     which = torch.randint(CAPTIONS, (len(index),), device=index.device)  # another caption at every visit
     captions, images = data["caption_embeddings"][index, which], data["image_embeddings"][index]
@@ -294,42 +268,36 @@ def sample_condition(data, index):
 
 
 # Try it: which of three captions is nearest to a prompt?
-#     prompt, captions = ["a sheep at night"], ["a sheep under the stars", "a sheep on a sunny day", "two cows at sunset"]
-#     model = load_clip("data/toy/clip.pt")
-#     print(encode_texts(model, prompt) @ encode_texts(model, captions).T)
+#     model, captions = load_clip("data/toy/clip.pt"), ["a sheep under the stars", "a sheep on a sunny day", "two cows"]
+#     print(encode_texts(model, ["a sheep at night"]) @ encode_texts(model, captions).T)
 
 # %% 3. The VAE -------------------------------------------------------------------------------------
-# A VAE (Kingma & Welling 2013, arXiv 1312.6114) [1] has two halves. The encoder q(z | x, c) looks at a picture x
-# and says which latents z could have made it. The decoder p(x | z, c) makes a picture from a latent.
+# A VAE (Kingma & Welling 2013, arXiv 1312.6114) [1] has two halves. The encoder q(z | x, c) maps a picture x to a
+# distribution of latents z, the Gaussian N(mu, sigma²). The decoder p(x | z, c) maps a latent to a picture.
 #
-# The condition c enters both, for different reasons: the encoder, so that z need not store what c already says;
-# the decoder, because at sampling time c is what it knows about the prompt. This matters for the report's model,
-# which draws z from N(0, I). In ours it changes almost nothing that can be seen: a grid of latents says so much
-# about a picture that c adds little (swap it and see, below). The prior of section 7 answers the prompt.
+# Both take the condition c: the encoder, so that z need not store what c already says; the decoder, because in
+# sampling c is the prompt. The report draws z from N(0, I), so there only c carries the prompt. In our model the prior
+# answers the prompt (section 7), and the decoder hardly uses c: z says almost all (swap c and see, below).
 #
-# What shape should z have? The report's is one vector of 128 numbers ("flat"). Ours is a small grid, as in latent
-# diffusion (Rombach et al. 2022, arXiv 2112.10752) [2]: a vector for each square of 8x8 pixels says what is in its
-# square, and the decoder need not work out where things are.
+# The report's z is one vector of 128 numbers ("flat"). Ours is a grid, as in latent diffusion (Rombach et al. 2022,
+# arXiv 2112.10752) [2]: 12 numbers for each square of 8x8 pixels, so the decoder need not learn where things are.
 #
-# A convolution at 64x64 does 64 times the work of the same one at 8x8. So the first layer shrinks the picture four
-# times, and the last one enlarges it. Beside encoder and decoder runs a linear skip connection, a few weighted sums
-# of each 8x8 square, as in a JPEG. Deep networks learn such simple things slowly; in equal time it brought 2 dB.
+# A convolution at 64x64 does 64 times the work of the same one at 8x8, so most layers work on small maps. Beside the
+# encoder and the decoder runs a linear skip connection: weighted sums of each 8x8 square go to its cell of the latent,
+# and back, as in JPEG. Deep networks learn such simple maps slowly: in the first 90 seconds it brought 1.4 dB of PSNR.
 
 LATENT_DIM = 128          # numbers in the flat latent, the report's
 CONDITION_CHANNELS = 32   # the condition's share of the channels, the report's
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions that correct their input (He et al. 2015, arXiv 1512.03385): shape in = shape out.
-
-    The last one starts at zero: a new block changes nothing. Batch norm would act differently in sampling.
-    """
+    """Two 3x3 convolutions correct their input (He et al. 2015, arXiv 1512.03385): shape in = shape out."""
 
     def __init__(self, width):
         super().__init__()
         self.change = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
                                     nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
-        nn.init.zeros_(self.change[-1].weight)
+        nn.init.zeros_(self.change[-1].weight)  # a new block only adds its bias
 
     def forward(self, h):
         return h + self.change(h)
@@ -341,7 +309,7 @@ def upsample(channels_in, channels, kernel=1):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder. size: pixels S; condition_dim: E; width: channels at half of the side.
+    """Encoder and decoder. size: pixels S; condition_dim: E; width: channels at S / 2.
 
     The latent z is (N, C, G, G): C = channels and G = S / 8 if latents is "grid", C = 128 and G = 1 if "flat".
     dropout on z, the report's, makes the decoder rely more on c.
@@ -351,7 +319,7 @@ class VAE(nn.Module):
         super().__init__()
         half, quarter, eighth = width, 2 * width, 3 * width
         channels, side = (channels, size // 8) if latents == "grid" else (LATENT_DIM, 1)
-        self.shape, k = (channels, side, side), size // 8 // side  # k is 1, or the whole map: a dense layer
+        self.shape, k = (channels, side, side), size // 8 // side  # kernel: 1, or the whole map if flat
         self.condition = Condition(condition_dim, CONDITION_CHANNELS)
         self.encoder = nn.Sequential(
             nn.Conv2d(3, quarter, 4, stride=4), ResBlock(quarter),                      # (N, 64, S/4, S/4)
@@ -368,7 +336,7 @@ class VAE(nn.Module):
             upsample(eighth, quarter), ResBlock(quarter),                               # (N, 64, S/4, S/4)
             upsample(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                  # (N, 32, S/2, S/2)
             upsample(half, 3, kernel=3))                                                # (N, 3, S, S)
-        self.register_buffer("variance", torch.tensor(1.0))  # of the Gaussian, see section 4
+        self.register_buffer("variance", torch.tensor(1.0))  # of the likelihood, see section 4
 
     def concat_condition(self, h, embedding, modality):
         """Concatenate the condition to a map, the same in every cell: (N, C, G, G) -> (N, C + 32, G, G)."""
@@ -381,7 +349,7 @@ class VAE(nn.Module):
         h = self.encoder(x)                                                             # (N, 96, S/8, S/8)
         h = self.to_moments(self.concat_condition(h, embedding, modality)) + self.skip_in(x)  # (N, 2C, G, G)
         mu, logvar = h.float().chunk(2, dim=1)
-        return mu, logvar.clamp(-10, 4)  # a wild exponent would end the training
+        return mu, logvar.clamp(-10, 4)  # exp(logvar) stays finite
 
     def decode(self, z, embedding, modality):
         """The mean of p(x | z, c): latents (N, C, G, G) -> pictures (N, 3, S, S) in [0, 1]."""
@@ -396,55 +364,48 @@ class VAE(nn.Module):
 
 
 def sample_posterior(mu, logvar):
-    """Draw z from q, reparameterised: gradients pass through mu and sigma, not through the dice."""
+    """Draw z from q, reparameterised: the noise does not depend on weights, so gradients reach mu and sigma."""
     return mu + torch.exp(logvar / 2) * torch.randn_like(mu)
 
 
-# Try it: eight photographs, decoded with their own conditions and with each other's. Almost the same.
+# Try it: eight photographs, reconstructed with their own conditions and with each other's: almost the same. Then a cell
+# of the latents is zero: what was in its square of 8x8 pixels is gone, and little else.
 #     models, data, x, c = open_newest_run()
 #     x_hat, swapped = models["vae"](x, c, IMAGE)[0], models["vae"](x, c.flip(0), IMAGE)[0]
 #     save_grid("samples/swapped.png", [x, x_hat, swapped], ["photographs", "x_hat", "x_hat, conditions swapped"])
-# And a latent's cell zeroed: what was in its square of 8x8 pixels is gone, and little else.
 #     z = models["vae"].encode(x, c, IMAGE)[0]
 #     z[:, :, 4, 4] = 0
 #     save_grid("samples/zeroed.png", [models["vae"].decode(z, c, IMAGE)], ["one cell of the latent is zero"])
 
 # %% 4. The ELBO ------------------------------------------------------------------------------------
-# We want parameters under which the photographs are likely: a high log p(x | c). Four lines lead to a loss:
+# We want parameters under which the photographs are likely: a high log p(x | c). E_q is the mean over draws z from q.
+# Four lines lead to a loss, minus the evidence lower bound (ELBO), in nats (log is the natural logarithm):
 #
 #     log p(x | c) = log ∫ p(x | z, c) p(z) dz                            by definition
 #                  = log E_q [ p(x | z, c) p(z) / q(z | x, c) ]           multiply and divide by q
 #                 >= E_q [ log ( p(x | z, c) p(z) / q(z | x, c) ) ]       Jensen: log of a mean >= mean of logs
 #                  = E_q [ log p(x | z, c) ] - KL( q(z | x, c) || p(z) )  =  ELBO
 #
-# Nobody can compute the integral; the last line can be estimated with one draw z from q. Its first term asks for
-# good reconstructions, its second for latents that look like draws from p(z) = N(0, I). We lower its negative.
+# The integral can't be computed; one draw z from q estimates the last line. Its first term asks for good
+# reconstructions, its second for a q near p(z) = N(0, I). Stage 3 learns a better p(z | c); in stage 1 a fixed p(z)
+# keeps latents near zero and of a size near one, and its KL charges for each nat that z says about x. Without it the
+# encoder could spread latents without limit, and no flow could learn where they are.
 #
-# Why p(z) and not p(z | c)? A learned p(z | c) is better: that is stage 3. In stage 1 N(0, I) is a common unit.
-# It keeps latents near zero and of a size near one, and its KL charges for each nat that z says about x. Without
-# it the encoder could spread latents without limit, and nothing could learn where they are. So the KL stays
-# although a flow draws z later.
-#
-# The likelihood p(x | z, c) is a Gaussian around x_hat with one variance for all D values. A variance chosen by
-# hand would weigh the two terms, as a "beta" does. The most likely one is known, the mean squared error: put it in
-# (sigma-VAE, Rybkin et al. 2021, arXiv 2006.13202)
+# The likelihood p(x | z, c) is a Gaussian around x_hat with one variance for all D values. Chosen by hand, it would
+# weigh the two terms, like the beta of a beta-VAE. The best one is the MSE (sigma-VAE, arXiv 2006.13202):
 #
 #     -log p(x | z, c) = D/2 log(2 pi variance) + |x - x_hat|² / (2 variance)
 #                      = D/2 log(MSE) + a constant          at  variance = MSE = |x - x_hat|² / D
 #
-# So what training lowers is D/2 log(MSE) + KL: halve the squared error, and you may pay D/2 log 2 nats for it.
-#
-# Units. A natural logarithm counts nats; a bit is log 2 nats. Bits per dimension = (NLL + KL) / (D log 2) +
-# log2(256) bound what storing the picture takes. Usual at 64 pixels: 5 to 6 bits, 500 to 2,000 nats of KL, a PSNR
-# (-10 log10 MSE) of 22 to 29 dB. (Pixels are 256 levels. Spreading each over its width, dequantisation, adds
-# 1/(12·256²) to the MSE.)
+# So the loss is D/2 log(MSE) + KL: half the squared error is worth D/2 log 2 nats of KL (a bit is log 2 nats). To store
+# a picture takes at most (KL - log p(x | z, c)) / (D log 2) + log2(256) bits per dimension. Usual at 64 pixels: 5.5 to
+# 6.5 bits, 500 to 2,000 nats of KL, a PSNR (-10 log10 MSE) of 22 to 29 dB.
 
-QUANTISATION = 1 / (12 * 256**2)
+QUANTISATION = 1 / (12 * 256**2)  # of the MSE: pixels are 256 levels, each spread over its width (dequantisation)
 
 
 def kl_divergence(mu, logvar):
-    """KL( N(mu, sigma²) || N(0, I) ) in nats for latents (N, C, G, G): (N,)."""
-    # ½ Σ [ sigma² + mu² - 1 - log sigma² ]
+    """KL( N(mu, sigma²) || N(0, I) ) = ½ Σ [ sigma² + mu² - 1 - log sigma² ] in nats, of (N, C, G, G): (N,)."""
     return 0.5 * (logvar.exp() + mu**2 - 1 - logvar).flatten(1).sum(1)
 
 
@@ -459,22 +420,15 @@ def bits_per_dimension(nats, dimensions):
 
 
 def elbo_loss(x_hat, x, kl, kl_weight=1.0, variance=None):
-    """Minus the ELBO in bits per dimension, averaged over the batch: a scalar.
-
-    Without a variance it is the batch's own MSE (of all processes' batches), the best one.
-    """
+    """Minus the ELBO in bits per dimension, the batch's mean; by default with the best variance, the batch's MSE."""
     dimensions, mse = x[0].numel(), F.mse_loss(x_hat, x) + QUANTISATION
     variance = mean_over_processes(mse.detach()) if variance is None else variance
     return bits_per_dimension(gaussian_nll(mse, dimensions, variance) + kl_weight * kl.mean(), dimensions)
 
 
 def original_loss(x_hat, x, kl, kl_weight=1.0, variance=None):
-    """The report's loss: BCE summed over pixels, averaged over channels, + 0.5 KL + 0.1 (1 - SSIM).
-
-    Cross-entropy on values that are not 0 or 1 is no likelihood; it acts like a Gaussian of a large variance,
-    under which hardly anything is worth its KL: the pictures blur. SSIM (Wang et al. 2004) compares means,
-    variances and covariances of small windows; its share is too small to matter.
-    """
+    """The report's loss: BCE summed over pixels, averaged over channels, + 0.5 KL + 0.1 (1 - SSIM)."""
+    # BCE on values between 0 and 1 acts like a Gaussian of a large variance: few details are worth their KL, all blurs
     bce = F.binary_cross_entropy(x_hat, x, reduction="none").sum((1, 2, 3)) / 3
     return (bce + 0.5 * kl_weight * kl + 0.1 * (1 - ssim(x_hat, x)) / len(x)).mean()
 
@@ -487,19 +441,18 @@ OBJECTIVES = {"elbo": elbo_loss, "original": original_loss}
 #     print((0.5 * (logvar.exp() + mu**2 - 1 - logvar)).sum(1)[0].round())            # (G, G), of the first picture
 
 # %% 5. Training ------------------------------------------------------------------------------------
-# Three stages, one loop. All pictures fit in memory as bytes (20,000 at 128 pixels are 1 GB), so the whole uint8
-# tensor lives on the device, and a batch is an index into it. All randomness of step n comes from (seed, n), so
-# resuming needs no more than weights, optimiser and n.
+# Three stages, one loop. The pictures are bytes on the device (20,000 at 128 pixels are 1 GB), and a batch is an index.
+# All randomness of step n comes from (seed, n): a run resumes from the weights, the state of the optimiser, and n.
 
-CONFIG = {  # every setting of a training: each is an option of `train`, and checkpoints carry them all
+CONFIG = {  # every setting of a run: each is an option of `train`, and checkpoints carry them all
     "data": "data/data.pt", "size": 64, "latents": "grid", "channels": 12, "prior": "flow", "objective": "elbo",
     "dropout": 0.0, "flip": True, "compile": True, "seed": 0,
     "vae_width": 32, "epochs": 30, "batch": 16, "lr": 3e-3,                             # stage 1: the VAE
-    "decoder_epochs": 12, "decoder_batch": 32, "decoder_lr": 5e-4,                      # stage 2: its decoder
+    "decoder_epochs": 6, "decoder_batch": 32, "decoder_lr": 5e-4,                      # stage 2: its decoder
     "prior_width": 192, "prior_depth": 6, "prior_epochs": 100, "prior_batch": 64, "prior_lr": 1.5e-3}  # stage 3
 MODELS = {  # what --model changes: "small" suits two processor cores and a Mac, "base" a CUDA card
     "small": {},
-    "base": {"vae_width": 64, "epochs": 80, "batch": 64, "lr": 2e-3, "decoder_epochs": 20, "decoder_batch": 64,
+    "base": {"vae_width": 64, "epochs": 80, "batch": 64, "lr": 2e-3, "decoder_epochs": 12, "decoder_batch": 64,
              "prior_width": 512, "prior_depth": 8, "prior_epochs": 400, "prior_batch": 256, "prior_lr": 1e-3}}
 WARM_UP = 50        # steps over which the learning rate rises
 SAVE_SECONDS = 240  # between two writings of last.pt: what kill -9 or a power cut costs at most
@@ -507,13 +460,13 @@ SAVE_SECONDS = 240  # between two writings of last.pt: what kill -9 or a power c
 
 @dataclass
 class Run:
-    """What a training carries along: where it writes, what it is, what it learns from, what it has learned."""
+    """The state of a training, which every stage is called with."""
     folder: Path
     config: dict
     data: dict                    # of load_data: embeddings, captions, splits
     images: torch.Tensor          # uint8 (N, 3, S, S)
     device: torch.device
-    dtype: torch.dtype            # of matrix products and convolutions
+    dtype: torch.dtype            # of matrix products and convolutions under autocast
     models: dict                  # {"vae", "prior"}: the networks that sample
     history: dict                 # {stage: [the figures of each validation]}
     resumed: dict | None = None   # what last.pt says of the stage in which a resumed run was stopped
@@ -535,53 +488,48 @@ def take_step(networks, optimizer, scaler, loss, rate):
     average_gradients(networks)     # over all processes; a single one keeps its own
     scaler.unscale_(optimizer)
     for network in networks.values():
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)  # one odd batch can't throw it off
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)  # one odd batch can't move the weights far
     for group in optimizer.param_groups:
         group["lr"] = rate
-    scaler.step(optimizer)          # skipped where a float16 gradient overflowed: no harm, no NaN
+    scaler.step(optimizer)          # does nothing where a float16 gradient overflowed
     scaler.update()
     optimizer.zero_grad()
 
 
 @torch.no_grad()
 def update_ema(ema, network, step):
-    """Move the exponential moving average of the weights towards the weights: slowly, but quickly at first.
-
-    The average is what samples: it has less noise than the weights of any step (Polyak & Juditsky 1992).
-    """
-    rate = max(0.001, 9 / (step + 9))  # 0.001: an average over some thousand steps
+    """Move an exponential moving average (EMA) towards the weights: it is less noisy (Polyak & Juditsky 1992)."""
+    rate = max(0.001, 9 / (step + 9))  # fast at first; 0.001 averages about a thousand steps
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), rate)
     for average, buffer in zip(ema.buffers(), network.buffers()):
         average.copy_(buffer)
 
 
 def fit(run, stage, networks, loss, validate, draw):
-    """The training loop of all three stages; writes best.pt, last.pt, loss.png and epoch.png.
+    """The training loop of all stages. best.pt is of the lowest validation "loss", or the last where there is none.
 
-    networks: an nn.ModuleDict; the averages of its "vae" and "prior" go into run.models. loss(index, progress):
-    of photographs (n,), after this share of the steps. validate(): figures; best.pt keeps the lowest "loss", or the
-    last where there is none. draw(path): a picture. Raises UserError when the loss is no number or the training
-    diverges, KeyboardInterrupt, after saving, on Ctrl-C and SIGTERM.
+    networks: an nn.ModuleDict; run.models gets the averages of its "vae" and "prior". loss(index, progress): the loss
+    on photographs (n,) after this share of the steps. validate(): figures. draw(path): a picture.
     """
     train, (rank, world) = indices(run.data, TRAIN), processes()
     epochs, batch, peak = (run.config[setting(stage, name)] for name in ("epochs", "batch", "lr"))
-    batch = max(1, min(batch, len(train)) // world) * world  # few photographs still train
+    batch = max(1, min(batch, len(train)) // world) * world  # a multiple of the processes, at most the data
     epoch_steps = max(1, len(train) // batch)
     total, period = epochs * epoch_steps, math.ceil(epochs / 30) * epoch_steps  # at most thirty validations
     ema = deepcopy(networks).requires_grad_(False).eval()
     run.models |= {name: network for name, network in ema.items() if name in run.models}
-    # AdamW gives each weight a step of its own size (arXiv 1711.05101). Two players should forget sooner
+    # AdamW (arXiv 1711.05101) averages gradients; against a critic that learns, older ones mislead: 0.5 forgets them
     optimizer = torch.optim.AdamW([p for p in networks.parameters() if p.requires_grad], fused=True,
                                   betas=(0.5 if stage == "decoder" else 0.9, 0.99))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"networks": networks, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    losses, first = restore(run, stage, state)
+    losses, start = restore(run, stage, state)
     saved = began = time.monotonic()
-    with defer_signals() as stop, tqdm(desc=stage, total=total * batch, initial=first * batch, unit="img",
+    with defer_signals() as stop, tqdm(desc=stage, total=total * batch, initial=start * batch, unit="img",
                                        leave=False) as bar:
-        for step in range(first, total):
+        for step in range(start, total):
             epoch, place = divmod(step, epoch_steps)
-            if place == 0 or step == first:
+            if place == 0 or step == start:
                 order = shuffled(train, run.config["seed"] * 1000 + epoch)
             torch.manual_seed(run.config["seed"] * 1_000_003 + step * world + rank)
             value = loss(order[place * batch:][:batch][rank::world], step / total)
@@ -592,12 +540,12 @@ def fit(run, stage, networks, loss, validate, draw):
             done, now, stopped = step + 1, time.monotonic(), any_process(stop, run.device)
             validating = done % period == 0 or done == total
             saving = done == total or stopped or now - saved > SAVE_SECONDS
-            if done % 20 == 0 or validating or saving:  # not every step: reading a number waits for the device
+            if done % 20 == 0 or validating or saving:  # reading a number waits for the device: not every step
                 bar.set_postfix(loss=f"{check_loss(losses[-1].item(), run, stage):.3f}")
             if validating:
-                figures = {"step": done, "epoch": epoch + 1, "train_loss": torch.stack(losses).mean().item()} | validate()
+                figures = {"step": done, "epoch": epoch + 1, "train_loss": torch.stack(losses).mean().item()}
+                report(run, stage, figures | validate(), speed=(done - start) * batch / (now - began))
                 losses.clear()
-                report(run, stage, figures, speed=(done - first) * batch / (now - began))
             if saving and rank == 0:
                 save_last(run, stage, state, losses, done, finished=done == total)
                 save_curves(run.folder / "loss.png", run.history)
@@ -617,33 +565,28 @@ def train_vae(run):
     vae = vae.to(run.device, memory_format=torch.channels_last)
     print(f"{run.folder}: the VAE, {count_parameters(vae):,} parameters")
     forward, x = compiled(vae, run), get_images(run.images, val, run.device)
-    grey = x.mean((0, 2, 3), keepdim=True).expand_as(x)  # the best that can be said without looking
+    grey = x.mean((0, 2, 3), keepdim=True).expand_as(x)  # the best single colour
     vae.variance.copy_(F.mse_loss(grey, x))
-    baseline_loss = objective(grey, x, torch.zeros(len(x), device=run.device)).item()
+    run.history.setdefault("vae", [{"step": 0, "epoch": 0, "loss": objective(grey, x, x.new_zeros(len(x))).item()}])
 
     def loss(index, progress):
         x = mirror_half(get_images(run.images, index, run.device), run.config["flip"])  # (n, 3, S, S)
         with autocast(run.device, run.dtype):
             x_hat, kl = forward(x, *sample_condition(run.data, index))
-        mse = mean_over_processes(F.mse_loss(x_hat.detach(), x))
-        vae.variance.lerp_(mse + QUANTISATION, 0.02)  # a running mean over the last fifty steps
-        # the KL fades in over the first eighth: a latent must say something before that has a price
+        # a running mean over fifty steps; the KL fades in, or it could empty z before the decoder can use it
+        vae.variance.lerp_(mean_over_processes(F.mse_loss(x_hat.detach(), x)) + QUANTISATION, 0.02)
         return objective(x_hat, x, kl, min(1, 8 * progress))
 
     def validate():
         return measure_vae(run.models["vae"], run.images, run.data, val, objective)
 
-    run.history.setdefault("vae", [{"step": 0, "epoch": 0, "loss": baseline_loss}])
     fit(run, "vae", nn.ModuleDict({"vae": vae}), loss, validate,
         lambda path: save_reconstructions(path, run.models["vae"], run.images, run.data, val[:8]))
 
 
 @torch.no_grad()
 def measure_vae(vae, images, data, index, objective=elbo_loss):
-    """Figures on photographs that were not trained on: dict with loss, bpd, kl (nats) and psnr (dB).
-
-    The Gaussian's variance is the one of training, not one fitted to the pictures that are measured.
-    """
+    """Figures on photographs, with the variance of training: dict with loss, bpd, kl (nats) and psnr (dB)."""
     torch.manual_seed(0)  # the same noise at every call
     total = torch.zeros(4, device=index.device)
     for batch in index.split(64):
@@ -656,36 +599,32 @@ def measure_vae(vae, images, data, index, objective=elbo_loss):
     return {"loss": loss, "bpd": bpd, "kl": kl, "psnr": -10 * math.log10(mse)}
 
 
-# Try it: what is the VAE alone worth? Train it for a minute, and look at loss.png and epoch.png of the new run
-# (outside runs/, so that the demo's stays the newest there).
-#     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --no-flip --run tried/vae
+# Try it: the VAE alone, in a minute: loss.png and epoch.png in tried/vae. (In runs/ the demo's run stays the newest.)
+#     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --decoder-epochs 0 --no-flip --run tried/vae
 
 # %% 6. The decoder's second lesson -------------------------------------------------------------------
-# A latent stands for many pictures: it says "fur here", not where each hair lies. Asked for the smallest squared
-# error, the decoder answers with the mean of them all, and a mean of hairs is a smear. No likelihood that judges
-# pixel by pixel asks for more. So after stage 1 a critic joins: a small network that looks at patches, learns to
-# tell those of photographs from decoded ones, and so finds out what is missing (Larsen et al. 2016, arXiv
-# 1512.09300; Esser et al. 2021, arXiv 2012.09841; it is how Stable Diffusion's decoder was trained).
+# A latent stands for many pictures: it says "fur here", not where each hair lies. The smallest squared error is that
+# of their mean, and a mean of hairs is a smear. A likelihood that judges pixel by pixel asks for no more. So after
+# stage 1 a critic joins: a network that looks at patches and learns to tell photographs from reconstructions, while the
+# decoder learns to mislead it. Such a pair is a generative adversarial network, a GAN (Larsen et al. 2016, arXiv
+# 1512.09300; Esser et al. 2021, arXiv 2012.09841). Stable Diffusion's decoder was trained like this.
 #
-#     critic:   max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))         photographs above 1, others below -1
-#     decoder:  MSE / (2 variance) - w critic(x_hat)                      stay near x, and please the critic
+#     critic:   max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))         photographs above 1, reconstructions below -1
+#     decoder:  MSE / (2 variance) - w critic(x_hat)                      stay near x, and raise the critic's answer
 #
-# The first is the hinge loss (arXiv 1705.02894): who is right by a margin learns no more, so neither player runs
-# away. Spectral norm (Miyato et al. 2018, arXiv 1802.05957) keeps the critic's slope at most one, so it can't ask
-# for infinitely small changes.
-#
-# The second keeps the likelihood, so that the decoder answers for every pixel. But each square of 8x8 pixels has a
-# variance of its own: the MSE that the first lesson's decoder has there. In a sky it is small, and grain costs much;
-# in fur it is large, and texture costs little. With one variance for all, skies turned grainy before fur was sharp.
-#
-# The encoder is frozen: the critic never sees the latents and could ask nothing of them.
+# The first is the hinge loss (arXiv 1705.02894): where the critic is right by a margin, it learns no more. Spectral
+# norm (Miyato et al. 2018, arXiv 1802.05957) bounds the slope of its layers, and so the gradients for the decoder.
+# The second keeps the likelihood, so that the decoder still answers for every pixel. But each square of 8x8 pixels has
+# its own variance: the MSE that the stage 1 decoder has there. In a sky it is small, and grain costs much; in fur it is
+# large, and texture costs little. With one variance for all, skies turned grainy before fur was sharp. The encoder is
+# frozen: this loss has no KL, so nothing would limit what latents say.
 
-CRITIC_WEIGHT = 0.2  # less leaves photographs blurred, more makes them grainy (assets/experiments.md)
-LEAST_VARIANCE = 1e-4  # of a square: an error of two levels of 256 can't be seen
+CRITIC_WEIGHT = 0.2  # less leaves reconstructions blurred, more makes them grainy (assets/experiments.md)
+LEAST_VARIANCE = 1e-4  # added to a square's: an error of 0.01, two or three of 256 levels, can't be seen
 
 
 def make_critic():
-    """A critic of patches: pictures (N, 3, S, S) -> opinions (N, 1, S/8, S/8), each of some 40x40 pixels."""
+    """A critic of patches: pictures (N, 3, S, S) -> (N, 1, S/8, S/8), an answer for each patch of 54x54."""
     def conv(channels_in, channels, kernel, stride):
         return nn.utils.parametrizations.spectral_norm(nn.Conv2d(channels_in, channels, kernel, stride, padding=1))
 
@@ -696,7 +635,7 @@ def make_critic():
 
 def train_decoder(run):
     """Stage 2: the decoder learns on, against a critic; the encoder is frozen."""
-    first, val = run.models["vae"].requires_grad_(False), indices(run.data, VAL)  # the first lesson's VAE
+    first, val = run.models["vae"].requires_grad_(False), indices(run.data, VAL)  # as stage 1 left it
     vae = deepcopy(first)
     for layers in vae.from_latent, vae.decoder, vae.skip_out:
         layers.requires_grad_(True)
@@ -708,22 +647,22 @@ def train_decoder(run):
 
     def loss(index, progress):
         x = mirror_half(get_images(run.images, index, run.device), run.config["flip"])  # (n, 3, S, S)
-        top, left = torch.randint(9, (2,)).tolist()  # a cut-out, so that the critic's strides move against the
-        seen = ..., slice(top, top + x.shape[2] - 8), slice(left, left + x.shape[3] - 8)  # decoder's squares
+        top, left = torch.randint(9, (2,)).tolist()  # crop at random, or the critic sees each square at one place
+        crop = ..., slice(top, top + x.shape[2] - 8), slice(left, left + x.shape[3] - 8)
         c = sample_condition(run.data, index)
         with autocast(run.device, run.dtype):
             z = sample_posterior(*first.encode(x, *c))
             x_mean, x_hat = first_decode(z, *c), decode(z, *c)
-            critic.requires_grad_(False)  # the decoder's move: how to please the critic as it is
-            pleased = critic(x_hat[seen]).float().mean()
-            critic.requires_grad_(True)   # the critic's move: how to tell the two apart
-            real, decoded = critic(x[seen]).float(), critic(x_hat.detach()[seen]).float()
+            critic.requires_grad_(False)  # the decoder's step: gradients pass through the critic
+            gain = critic(x_hat[crop]).float().mean()
+            critic.requires_grad_(True)   # the critic's step: no gradients pass to the decoder
+            real, fake = critic(x[crop]).float(), critic(x_hat.detach()[crop]).float()
         mse, variance = (F.avg_pool2d((y - x).square().mean(1), 8) for y in (x_hat, x_mean))  # (n, S/8, S/8)
         nll = (mse / (2 * (variance + LEAST_VARIANCE))).mean()
-        decoder_loss = nll - CRITIC_WEIGHT * min(1, 8 * progress) * pleased
-        return decoder_loss + F.relu(1 - real).mean() + F.relu(1 + decoded).mean()
+        return (nll - CRITIC_WEIGHT * min(1, 8 * progress) * gain  # of the decoder
+                + F.relu(1 - real).mean() + F.relu(1 + fake).mean())  # of the critic
 
-    def validate():  # without a "loss", as two players have none in common
+    def validate():  # no "loss": decoder and critic have none in common
         figures = measure_vae(run.models["vae"], run.images, run.data, val)
         if figures["psnr"] < psnr - 3:
             raise UserError(f"The critic pulled the decoder away from the photographs: PSNR {figures['psnr']:.1f} dB "
@@ -735,59 +674,52 @@ def train_decoder(run):
         lambda path: save_reconstructions(path, run.models["vae"], run.images, run.data, val[:8]))
 
 
-# Try it: what did the critic change? The same VAE without the second lesson, beside it.
-#     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --decoder-epochs 0 --no-flip --run tried/mean
+# Try it: what does the critic change? The same VAE and one epoch of stage 2; compare epoch.png with that of tried/vae.
+#     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --decoder-epochs 1 --no-flip --run tried/critic
 
 # %% 7. The prior -----------------------------------------------------------------------------------
-# The VAE is trained; now draw z from N(0, I) and decode it: fog. Why? Training pulls each q(z | x, c) towards
-# N(0, I), one picture at a time, and stops where the picture would suffer. Nothing makes the latents of all
-# photographs together, the aggregated posterior, look like N(0, I). In it neighbouring cells agree (sky beside
-# sky), and it depends on c. So draws from N(0, I) are latents that no picture ever had (prior.png shows both).
-# The cure is to learn the distribution of the latents: p(z | c).
+# The VAE is trained; now draw z from N(0, I) and decode it: fog, a picture of nothing. Why? Training pulls each
+# q(z | x, c) towards N(0, I) only as far as the reconstruction allows. Nothing makes the aggregated posterior, the
+# latents of all photographs together, equal N(0, I): in it neighbouring cells agree (sky beside sky), and it depends
+# on c. So N(0, I) draws latents that no picture has (prior.png shows both). The cure is to learn the prior p(z | c).
 #
 # Flow matching (Lipman et al. 2023, arXiv 2210.02747 [3]; Liu et al. 2023, arXiv 2209.03003) learns it by
 # regression. Join a latent z and noise by a straight line, and walk along it with time t:
 #
 #     z_t = (1 - t) z + t noise        t = 0: a latent, t = 1: noise        velocity  dz_t / dt = noise - z
 #
-# A network sees z_t, t and c, and predicts the velocity. Many lines cross at z_t, so the best prediction is the
-# mean of their velocities, and a theorem says: who starts at noise and follows these means back to t = 0 ends in a
-# draw from p(z | c). That is all of sampling.
+# A network sees z_t, t and c and predicts the velocity. Many lines cross at z_t; the best prediction is the mean of
+# their velocities. A theorem says: from noise, follow these means back to t = 0, and you have a draw from p(z | c).
 #
-# Why is this mean no blur, when the decoder's mean was one? The decoder answers once, for all pictures that fit.
-# Here a mean decides only the next small step. After it fewer latents are still possible, and the next mean is
-# over those; at the end one is left. The noise at the start decided which.
+# The decoder's mean was blurred; why is this one not? The decoder answers once, for all pictures that fit. Here a mean
+# decides only the next small step. After it fewer latents are possible; in the end the noise at the start has chosen.
 #
-# The network is a small transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748): each 2x2 patch of the grid is a
-# token, and by attention all patches agree. A flat latent is one token.
+# The network is a small transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748): each 2x2 patch of the grid is a token
+# (a flat latent is one), and attention connects all tokens.
 
 TIME_DIM = 64  # numbers that describe the time t
 HEAD_DIM = 64  # width of an attention head
 
 
 class Block(nn.Module):
-    """A transformer block whose norms are set by time and condition (adaLN-zero, from DiT).
-
-    Tokens (N, T, W) and cond (N, W) -> tokens (N, T, W). From cond come, for attention and for the MLP, a shift
-    and a scale of the input and a gate on the output. Gates begin at zero: a new block changes nothing.
-    """
+    """A transformer block on tokens (N, T, W); cond (N, W), time and condition, sets its norms (adaLN-zero, DiT)."""
 
     def __init__(self, width):
         super().__init__()
         self.width = width
-        self.adaln = nn.Linear(width, 6 * width)
+        self.adaln = nn.Linear(width, 6 * width)  # a shift and a scale of the input, a gate on the output; twice
         self.qkv = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.adaln.weight)
+        nn.init.zeros_(self.adaln.weight)  # gates are zero: a new block changes nothing
         nn.init.zeros_(self.adaln.bias)
 
     def forward(self, h, cond):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaln(cond)[:, None].chunk(6, dim=2)
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_a) + shift_a               # (N, T, W)
         q, k, v = self.qkv(normed).unflatten(2, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # (N, heads, T, 64)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / 8) v: each token asks all others
+        mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / 8) v: each token looks at all
         h = h + gate_a * self.out_proj(mixed.transpose(1, 2).flatten(2))
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_m) + shift_m
         return h + gate_m * self.mlp_out(F.gelu(self.mlp_in(normed)))
@@ -811,8 +743,7 @@ class Flow(nn.Module):
         for layer in (self.adaln, self.to_velocity):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        # the flow works on latents of mean 0 and variance 1 in each channel, as noise has
-        self.register_buffer("latent_mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("latent_mean", torch.zeros(channels, 1, 1))  # each channel is standardised, like noise
         self.register_buffer("latent_std", torch.ones(channels, 1, 1))
 
     def forward(self, z, t, embedding, modality):
@@ -820,8 +751,7 @@ class Flow(nn.Module):
         h = F.pixel_unshuffle(z, self.patch)                                            # (N, 4C, G/2, G/2)
         grid = h.shape[2:]
         h = self.patch_embed(h.flatten(2).transpose(1, 2)) + self.pos_embed             # (N, T, W)
-        # t as waves, fast to slow, like a position in a text (arXiv 1706.03762): from the number alone a network
-        # could hardly tell 0.01 from 0.05
+        # t as sines and cosines of many frequencies, so that 0.01 and 0.05 look different (arXiv 1706.03762)
         frequencies = torch.exp(-math.log(10000) * torch.linspace(0, 1, TIME_DIM // 2, device=t.device))
         waves = 1000 * t[:, None] * frequencies
         time = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))                  # (N, W)
@@ -834,14 +764,11 @@ class Flow(nn.Module):
 
 
 def flow_loss(flow, z, embedding, modality, p_uncond=0.1):
-    """Mean squared error of the predicted velocities of standardised latents z (n, C, G, G): a scalar.
-
-    Times are logit-normal: the middle of the way, where prediction is hardest, is visited most (Esser et al.
-    2024, arXiv 2403.03206). A tenth of the conditions is dropped, for guidance: asked with NULL, a network that
-    never saw it would answer anything.
-    """
+    """Mean squared error of the velocities predicted for standardised latents z (n, C, G, G): a scalar."""
+    # most times are near 1/2, where prediction is hardest (logit-normal; Esser et al. 2024, arXiv 2403.03206)
     t = torch.sigmoid(torch.randn(len(z), 1, 1, 1, device=z.device))                    # (n, 1, 1, 1)
     noise = torch.randn_like(z)
+    # guidance (section 8) will ask for the velocity without a condition: a tenth becomes NULL
     modality = torch.where(torch.rand(len(z), device=z.device) < p_uncond, NULL, modality)
     velocity = flow((1 - t) * z + t * noise, t.flatten(), embedding, modality)
     return F.mse_loss(velocity.float(), noise - z)
@@ -852,32 +779,31 @@ def cache_latents(vae, images, data, index, flip=False):
     """q(z | x, c) of photographs and their mirror images: mu, sigma (n, 1 or 2, C, G, G) in float16."""
     mu = torch.empty(len(index), 2 if flip else 1, *vae.shape, device=index.device, dtype=torch.float16)
     sigma = torch.empty_like(mu)
-    places = torch.arange(len(index), device=index.device)
-    for place in tqdm(places.split(64), desc="encoding photographs", leave=False):
+    for place in tqdm(torch.arange(len(index), device=index.device).split(64), "encoding photographs", leave=False):
         x = get_images(images, index[place], index.device)
-        for version, seen in enumerate([x, x.flip(3)] if flip else [x]):
-            mean, logvar = vae.encode(seen, data["image_embeddings"][index[place]], IMAGE)
-            mu[place, version], sigma[place, version] = mean.half(), torch.exp(logvar / 2).half()
+        for version, view in enumerate([x, x.flip(3)] if flip else [x]):
+            m, logvar = vae.encode(view, data["image_embeddings"][index[place]], IMAGE)
+            mu[place, version], sigma[place, version] = m.half(), torch.exp(logvar / 2).half()
     return mu, sigma
 
 
 def train_prior(run):
     """Stage 3: the flow learns the latents of the trained VAE."""
     data, train, val = run.data, indices(run.data, TRAIN), indices(run.data, VAL)
-    everyone = torch.arange(len(run.images), device=run.device)
-    mu, sigma = cache_latents(run.models["vae"], run.images, data, everyone, run.config["flip"])
+    every = torch.arange(len(run.images), device=run.device)
+    mu, sigma = cache_latents(run.models["vae"], run.images, data, every, run.config["flip"])
     torch.manual_seed(run.config["seed"])
     flow = make_flow(run.config, run.models["vae"].shape).to(run.device)
-    part = train[:3000]  # enough for statistics, and no second copy of everything
-    flow.condition.learn_statistics(data, part)
-    m, s = mu[part].float(), sigma[part].float()
+    subset = train[:3000]  # enough for statistics; float32 copies of all latents would take much memory
+    flow.condition.learn_statistics(data, subset)
+    m, s = mu[subset].float(), sigma[subset].float()
     flow.latent_mean.copy_(m.mean((0, 1, 3, 4))[:, None, None])
-    # the variance of all latents is that of their means plus the mean of their variances
+    # the variance of all z is the variance of their mu plus the mean of their sigma²
     flow.latent_std.copy_((m.var((0, 1, 3, 4)) + (s**2).mean((0, 1, 3, 4))).sqrt()[:, None, None])
     print(f"{run.folder}: the prior, {count_parameters(flow):,} parameters")
     forward = compiled(flow, run)
 
-    def sample_latents(index):  # anew at every visit: the prior learns where q puts a picture, not one point
+    def sample_latents(index):  # a new draw from q at each step: the prior learns all of q, not a point
         version = torch.randint(mu.shape[1], (len(index),), device=run.device)  # mirrored or not
         m, s = mu[index, version].float(), sigma[index, version].float()                # (n, C, G, G)
         return (m + s * torch.randn_like(m) - flow.latent_mean) / flow.latent_std
@@ -893,8 +819,7 @@ def train_prior(run):
                             TEXT, p_uncond=0.0) for batch in val.split(256)]
         return {"loss": torch.stack(losses).mean().item()}
 
-    # who always predicts zero has the loss (noise - z)², which is 1 + 1 on average
-    run.history.setdefault("prior", [{"step": 0, "epoch": 0, "loss": 2.0}])
+    run.history.setdefault("prior", [{"step": 0, "epoch": 0, "loss": 2.0}])  # to predict 0: noise² + z² = 1 + 1
     fit(run, "prior", nn.ModuleDict({"prior": flow}), loss, validate,
         lambda path: save_samples(path, run.models, run.images, data, val[:8]))
 
@@ -904,30 +829,27 @@ def train_prior(run):
 #     python cvae.py sample "a sheep on green grass"
 
 # %% 8. Sampling ------------------------------------------------------------------------------------
-# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a latent for
-# it, the decoder draws the latent. `sample --image` starts from CLIP's image encoder instead. `--interpolate` keeps
-# the noise and walks from one condition to another. Without a flow (`--prior normal`) the noise is the latent.
+# A prompt becomes a picture in three steps: CLIP's text encoder makes the condition, the prior draws a latent for it,
+# the decoder makes the picture. `--image` starts from CLIP's image encoder; `--interpolate` keeps the noise and goes
+# from one condition to another; with `--prior normal` the noise is the latent.
 
-GUIDANCE = 1.5  # chosen on the validation split: what is asked for and variety both count
+GUIDANCE = 1.5  # chosen on the validation split, for what is asked and for variety
 STEPS = 16      # more change little
 
 
 @torch.no_grad()
 def sample_flow(flow, noise, embedding, modality, guidance=GUIDANCE, steps=STEPS):
-    """Follow the flow from noise (N, C, G, G) to latents: the trajectory, steps + 1 tensors, the last one latents.
-
-    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) asks the network with the condition and
-    without it, and exaggerates the difference: 1 draws from p(z | c); more fits the prompt better and varies less.
-    """
+    """Follow the flow from noise (N, C, G, G) to latents: the trajectory, steps + 1 tensors, the last one latents."""
     z, trajectory, previous = noise, [noise], None
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     for t, t_next in zip(times[:-1], times[1:]):
         velocity = flow(z, t.expand(len(z)), embedding, modality)
+        # classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) exaggerates the difference that the condition
+        # makes: 1 draws from p(z | c); more fits the prompt better and varies less
         if guidance != 1:
             unconditional = flow(z, t.expand(len(z)), embedding, NULL)
             velocity = unconditional + guidance * (velocity - unconditional)
-        # A straight step (Euler's method) cuts every corner, and pictures lose contrast. So we also lean the way
-        # the velocity has been turning: the Adams-Bashforth method, of order two, no dearer.
+        # Euler's straight steps lose contrast: extrapolate the last two velocities (Adams-Bashforth, order two)
         ahead = velocity if previous is None else 1.5 * velocity - 0.5 * previous
         z, previous = z + (t_next - t) * ahead, velocity
         trajectory.append(z)
@@ -938,7 +860,7 @@ def sample_flow(flow, noise, embedding, modality, guidance=GUIDANCE, steps=STEPS
 def generate(models, embedding, modality, noise, guidance=GUIDANCE, steps=STEPS):
     """Draw pictures: embeddings (N, E) of one modality, noise (N, C, G, G) -> (N, 3, S, S) in [0, 1]."""
     pictures = []
-    for c, z in zip(embedding.split(64), noise.split(64)):  # few enough at a time for any memory
+    for c, z in zip(embedding.split(64), noise.split(64)):  # a batch that fits in any memory
         if models["prior"]:
             z = sample_flow(models["prior"], z, c, modality, guidance, steps)[-1]
         pictures.append(models["vae"].decode(z, c, modality))
@@ -952,24 +874,23 @@ def slerp(a, b, steps):
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
 
-# Try it: guidance 1, 2, 4: the prompt is met more often, and the pictures grow alike; then 2 steps beside 16.
+# Try it: with guidance 4 more pictures show what the prompt says, and they are more alike. And 2 steps instead of 16.
 #     python cvae.py sample "two cows in the snow" --guidance 1
-#     python cvae.py sample "two cows in the snow" --guidance 2
 #     python cvae.py sample "two cows in the snow" --guidance 4
 #     python cvae.py sample "two cows in the snow" --steps 2
 
 # %% 9. Evaluation ----------------------------------------------------------------------------------
 # A loss says how well pictures are stored, not how well prompts are answered. unCLIP (Ramesh et al. 2022, arXiv
-# 2204.06125) asked people three questions. We ask CLIP, and a fourth, always about the test split:
+# 2204.06125) asked people three questions. We ask CLIP these and a fourth, always about the test split:
 #
 #     does the picture show the caption?   CLIP score, and R-precision: of 100 captions, is its own nearest?
 #     do samples of one caption differ?    mean distance between their CLIP embeddings
-#     do they look like photographs?       CMMD, a distance between two sets of embeddings
+#     do they look like photographs?       CMMD, a distance between two distributions of embeddings
 #     are they copies?                     how far it is from a sample to the nearest training picture
 #
-# Real photographs answer the same questions: a yardstick. CLIP is a biased judge here, since the model was trained
-# on its embeddings. So samples can beat photographs in R-precision: a sample shows what CLIP read in the caption and
-# nothing else, a photograph also what nobody mentioned. Look at the pictures, too.
+# Real photographs answer the same questions, for comparison. CLIP is a biased judge: the model was trained on its
+# embeddings. Samples can beat photographs in R-precision, since a sample shows what CLIP read in the caption and a
+# photograph also what nobody mentioned. Look at the pictures, too.
 
 
 def caption_match(images, own, texts):
@@ -990,11 +911,7 @@ def diversity(images, own):
 
 
 def cmmd(a, b):
-    """CMMD (Jayasumana et al. 2024, arXiv 2401.09603) of two sets of unit vectors (N, E), (M, E).
-
-    1000 · MMD² with the kernel exp(-|u - v|² / 2σ²), σ = 10: zero if and only if the distributions agree.
-    """
-
+    """CMMD (arXiv 2401.09603) of unit vectors (N, E), (M, E): 1000 · MMD², kernel exp(-|u - v|² / 2σ²), σ = 10."""
     def kernel(u, v):
         return torch.exp(-torch.cdist(u.cpu().double(), v.cpu().double()).square() / (2 * 10**2)).mean()
 
@@ -1014,9 +931,8 @@ def compute_metrics(images, own, texts, reference, training, asked=slice(None)):
         "nearest": nearest_neighbour(images, training)[0].median().item()}
 
 
-# Try it: an untrained prompt. What does R-precision say when guidance is off? (`nearest.png` shows copies, if any.)
-#     python cvae.py evaluate --guidance 1
-
+# Try it: the rows of guidance 1 and 4: what rises, what falls? Are there copies in the run's nearest.png?
+#     python cvae.py evaluate --guidance 4
 
 # %% Appendix A. A toy world --------------------------------------------------------------------------
 # Everything above, for those without COCO, CLIP's weights or a GPU: pastures drawn with a few ellipses,
