@@ -1539,7 +1539,7 @@ def test_ids_of_different_types_meet_and_a_photograph_that_is_listed_twice_has_a
 
 
 @pytest.mark.parametrize("broken", [{"id": 50, "image_id": 3}, {"image_id": 3, "caption": None}, {"image_id": 3, "caption": 5},
-                                    {"caption": "a sheep"}, {"image_id": 3, "caption": " "}, None, 5, "text", [], {"image_id": [3], "caption": "sheep"}])
+                                    {"caption": "a sheep"}, {"image_id": 3, "caption": " "}, None, 5, "x", [], {"image_id": [3], "caption": "sheep"}])
 def test_one_broken_record_is_skipped_and_counted_and_many_are_refused(here, broken, capsys):
     images, captions = good(40)
     odd = [image(99, **change) for change in ({"width": None}, {"height": 0}, {"width": "wide"}, {"file_name": 7}, {"id": None})]
@@ -1560,7 +1560,7 @@ def test_one_broken_record_is_skipped_and_counted_and_many_are_refused(here, bro
     ('{"image": "a.jpg", "caption": "a sheep"}\n{"image": "b.jpg", "caption": "a cow"}\n', "JSON lines"),
     ('{"image": "a.jpg", "caption": "a sheep"}', "without a list of images"), ('{"annotations": []}', "without a list of images"),
     ('{"images": []}', "without a list of annotations"), ('{"images": [], "annotations": {}}', "without a list of annotations"),
-    ('{"images": [', "cut short"), ("", "no JSON"), ("\u00ff\ud800", "no JSON"), ("[" * 100_000, "no JSON"), ("7", "without a list"), ("null", "list")])
+    ('{"images": [', "cut short"), ("", "no JSON"), ("\u00ff\ud800", "no JSON"), ("[" * 100_000, "no JSON"), ("7", "a list"), ("null", "list")])
 def test_captions_files_of_other_layouts_are_named_without_an_exception(here, content, words):
     if content is not None:
         (here / "captions.json").write_bytes(content.encode("utf-8", "surrogatepass"))
