@@ -1010,8 +1010,8 @@ def compute_metrics(images, own, texts, reference, training, asked=slice(None)):
 
 
 # %% Appendix A. A toy world --------------------------------------------------------------------------
-# For those without COCO, CLIP's weights or a GPU: pastures drawn with a few ellipses, written as a COCO folder, and
-# a miniature CLIP trained on them, written as a CLIP weights file. `demo` gives both to the usual commands.
+# For those without COCO, CLIP's weights or a GPU: a COCO folder of pastures drawn with a few ellipses, and a
+# miniature CLIP trained on them. `demo` gives both to the usual commands.
 
 SUBJECTS = {"sheep": "sheep", "cow": "cows", "horse": "horses"}
 GROUNDS = {"grass": ("on green grass", "in a meadow"), "snow": ("in the snow", "on a snowy field"),
@@ -1167,7 +1167,7 @@ def choose_device(request=None):
     """The device that was asked for, or the fastest that PyTorch sees; under torchrun each process has its own."""
     available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if request and request not in available:
-        raise UserError(f"PyTorch sees no {request} device here; --device takes one of: {', '.join(available)}.")
+        raise UserError(f"PyTorch sees no {request} device here; --device takes: {', '.join(available)}.")
     name = request or available[0]
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
@@ -1182,8 +1182,7 @@ def choose_precision(device, request=None):
     if device.type == "cpu" and capable and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         possible = ["bfloat16", "float32", "float16"]  # it has the instructions, and PyTorch may use them
     if request and request not in possible:
-        raise UserError(f"This {device.type} device can't compute in {request}; --precision takes one of: "
-                        f"{', '.join(possible)}.")
+        raise UserError(f"This {device.type} can't compute in {request}; --precision takes: {', '.join(possible)}.")
     return getattr(torch, request or possible[0])
 
 
@@ -1293,8 +1292,7 @@ def save(content, path, kind):
         with atomic(path) as temporary:
             torch.save({"kind": kind, "version": VERSIONS[kind], **content}, temporary)
     except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
-        raise UserError(f"{path} could not be written ({first_line(error)}); what was there before is untouched. Free "
-                        "some disk space and run the same command again.") from error
+        raise UserError(f"{path} could not be written ({first_line(error)}); the old one is untouched.") from error
 
 
 def load(path, kind):
@@ -1378,7 +1376,7 @@ def is_there(folder, photograph):
 
 
 def load_image(path, box):
-    """A photograph as a PIL RGB image that holds `box` pixels squared; OSError or ValueError if it is not a sane one."""
+    """A photograph as a PIL RGB image that holds `box` pixels squared; OSError or ValueError if it is no sane one."""
     try:
         with Image.open(path) as photograph:
             if photograph.width * photograph.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses at twice that
@@ -1393,15 +1391,14 @@ def load_image(path, box):
 
 
 def load_clip(name, device="cpu", fingerprint=None):
-    """CLIP by model name ("ViT-B/32": fetched once to ~/.cache/clip) or weights file; a run insists on its own."""
+    """CLIP by model name ("ViT-B/32": fetched once to ~/.cache/clip) or weights file; a run names its fingerprint."""
     from clip import available_models, load  # pip's other clip has neither: main explains
     if not os.path.isfile(name) and name not in available_models():
         raise UserError(f"--clip {name}: there is no such file, and the models are {', '.join(available_models())}.")
     try:
         model = load(name, device=device)[0]
     except Exception as error:
-        raise UserError(f"--clip {name} could not be loaded ({first_line(error)}). OpenAI's models come from "
-                        "openaipublic.azureedge.net to ~/.cache/clip.") from error
+        raise UserError(f"--clip {name} could not be loaded or fetched ({first_line(error)}).") from error
     if fingerprint and clip_fingerprint(model) != fingerprint:
         raise UserError(f"{name} is not the CLIP that this model was trained with.")
     return model if torch.device(device).type == "cuda" else model.float()
@@ -1432,11 +1429,11 @@ def embed_photographs(model, paths, device, batch=32):
     # Each core works through batches of its own: threads that share a batch wait for each other after every layer.
     # Decoding hardly holds Python's lock, so threads will do.
     torch.set_num_threads(1)
-    pool, batches = ThreadPoolExecutor(cores), [range(len(paths))[i:i + batch] for i in range(0, len(paths), batch)]
+    pool, parts = ThreadPoolExecutor(cores), [range(len(paths))[i:i + batch] for i in range(0, len(paths), batch)]
     images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
     kept, embeddings = [], []
     try:
-        for found, problems in tqdm(pool.map(work, batches), "CLIP, images", len(batches), unit="img", unit_scale=batch):
+        for found, problems in tqdm(pool.map(work, parts), "CLIP, images", len(parts), unit="img", unit_scale=batch):
             for problem in problems:
                 tqdm.write(problem)
             for number, pixels, embedding in found:
@@ -1454,11 +1451,10 @@ def embed_photographs(model, paths, device, batch=32):
 # Data files, and what training asks of them --------------------------------------------------------
 
 def load_data(path, device=CPU, fingerprint=None):
-    """What `prepare` wrote; a run insists on its own. Pictures stay memory-mapped, embeddings go to the device."""
+    """What `prepare` wrote; a run names its fingerprint. Pictures stay memory-mapped, embeddings go to the device."""
     data = load(path, "data file")
     if fingerprint and data["fingerprint"] != fingerprint:
-        raise UserError(f"{path} is not the data that this run was trained on (other photographs, another CLIP). If "
-                        "that has moved: --data FILE.")
+        raise UserError(f"{path} is not the data that this run was trained on; if that has moved: --data FILE.")
     return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "split")}
 
 
@@ -1509,8 +1505,7 @@ def ssim(a, b):
 def defer_signals():
     """Within the block Ctrl-C, and SIGTERM (Slurm, docker, a shutdown), only leave a note in this list."""
     notes = []
-    previous = {number: signal.signal(number, lambda *_: notes.append(True))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, lambda *_: notes.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield notes
     finally:
@@ -1602,15 +1597,14 @@ def claim_run(name, config):
             return folder
         except FileExistsError as error:
             if name:
-                raise UserError(f"{name} exists already. Choose another --run, or go on with it by --resume.") from error
+                raise UserError(f"{name} exists already; choose another --run, or go on by --resume.") from error
             time.sleep(1)  # another training began within this second
 
 
 def stages_of(config):
-    """The stages that a configuration asks for, in their order, with the options that set their lengths."""
-    lengths = {stage: setting(stage, "epochs") for stage in ("vae", "decoder", "prior")}
-    return {stage: name for stage, name in lengths.items()
-            if config[name] and (stage != "prior" or config["prior"] == "flow")}
+    """The stages of a training in their order, each with the setting of its length."""
+    stages = ["vae", "decoder", "prior"] if config["prior"] == "flow" else ["vae", "decoder"]
+    return {stage: setting(stage, "epochs") for stage in stages if config[setting(stage, "epochs")]}
 
 
 def option(name):
@@ -1626,12 +1620,12 @@ def resume(args, given):
     stages = stages_of(config)
     lengths = list(stages.values())[list(stages).index(training["stage"]):]  # of what can still be longer
     if any(name != "data" and (name not in lengths or value < config[name]) for name, value in given.items()):
-        raise UserError(f"{folder} goes on with its own settings; beside --resume and --run only --data and a larger "
-                        f"{' or '.join(map(option, lengths))} can be given.")
+        larger = " or ".join(map(option, lengths))
+        raise UserError(f"{folder} goes on with its own settings; only --data and a larger {larger} can be given.")
     longer = any(given.get(name, 0) > config[name] for name in lengths)
     if training["finished"] and len(lengths) == 1 and not longer:
-        raise UserError(f"{folder} is finished, there is nothing left to do. To train it longer: --resume "
-                        f"{option(lengths[0])} {2 * config[lengths[0]]}.")
+        more = f"{option(lengths[0])} {2 * config[lengths[0]]}"
+        raise UserError(f"{folder} is finished, there is nothing left to do. To train it longer: --resume {more}.")
     return folder, config | given, checkpoint
 
 
@@ -1781,9 +1775,10 @@ def save_curves(path, history):
         return
     with new_figure(path, 1, len(stages), (4.5 * len(stages), 3.5)) as axes:
         for axis, (stage, epochs) in zip(axes[0], stages.items()):
+            x = [figures["epoch"] for figures in epochs]
             for key, label in {"train_loss": "training", "loss": "validation", "psnr": "PSNR, dB"}.items():
                 if key in epochs[0] and (key != "psnr" or stage == "decoder"):
-                    axis.plot([figures["epoch"] for figures in epochs], [figures[key] for figures in epochs], label=label)
+                    axis.plot(x, [figures[key] for figures in epochs], label=label)
             axis.set(xlabel="epoch", title=f"loss of the {stage}")
             axis.legend()
 
@@ -1814,7 +1809,6 @@ def save_prior_picture(path, models, images, data):
 # Downloads -----------------------------------------------------------------------------------------
 
 ATTEMPTS, TIMEOUT = 4, 10  # tries per file; seconds without a byte before a connection counts as dead
-DISK_FULL = errno.ENOSPC, errno.EDQUOT
 COCO_URL = "http://images.cocodataset.org"  # plain http: its certificate does not match its name
 
 
@@ -1828,11 +1822,11 @@ def fetch(url, path, check, progress=None):
                 urllib.request.urlretrieve(url, temporary, progress)  # raises where bytes are missing
                 check(temporary)
             return
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            gone = getattr(error, "code", None) in (401, 403, 404, 410)
-            number = getattr(error, "errno", None)
-            if attempt == ATTEMPTS or gone or number in DISK_FULL:  # trying again would not help
-                raise OSError(number, f"{url}: {first_line(error)}") from error
+        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError("The disk is full. What arrived is kept; make room and run this again.") from error
+            if attempt == ATTEMPTS or getattr(error, "code", None) in (401, 403, 404, 410):  # it is gone
+                raise OSError(f"{url}: {first_line(error)}") from error
         time.sleep(0.3 * 2**attempt)  # 0.6, 1.2, 2.4 s: a busy server is given time to recover
 
 
@@ -1843,13 +1837,8 @@ def fetch_annotations(path, base_url):
     archive = path.with_name("annotations_trainval2017.zip")
 
     def take_out(temporary):  # one member, by its name: the archive's own names are never used as paths
-        try:
-            with zipfile.ZipFile(temporary) as bundle, atomic(path) as captions:
-                captions.write_bytes(bundle.read(f"annotations/{path.name}"))
-        except zipfile.BadZipFile as error:
-            raise ValueError("what arrived is no whole zip archive") from error
-        except KeyError as error:
-            raise UserError(f"{base_url} has an archive, but no {path.name} is in it.") from error
+        with zipfile.ZipFile(temporary) as bundle, atomic(path) as captions:
+            captions.write_bytes(bundle.read(f"annotations/{path.name}"))
 
     def progress(blocks, size, total):
         bar.total = max(total, blocks * size)
@@ -1858,9 +1847,9 @@ def fetch_annotations(path, base_url):
     try:
         with tqdm(desc=archive.name, unit="B", unit_scale=True, leave=False) as bar:
             fetch(f"{base_url}/annotations/{archive.name}", archive, take_out, progress)
-    except OSError as error:
-        raise UserError(f"COCO's captions could not be fetched from {error.strerror or error}. Name a COCO folder "
-                        "(--coco) or a mirror (--mirror), or try the demo, which needs no network.") from error
+    except (OSError, KeyError) as error:  # KeyError: this archive lacks them
+        raise UserError(f"COCO's captions could not be fetched ({first_line(error)}). Name a folder (--coco) or a "
+                        "mirror (--mirror), or try the demo, which needs no network.") from error
     archive.unlink(missing_ok=True)
 
 
@@ -1881,13 +1870,13 @@ def fetch_photographs(photographs, folder, base_url):
     try:
         jobs = [pool.submit(fetch_one, p) for p in photographs if not is_there(folder, p)]
         for job in tqdm(jobs, "photographs", disable=not jobs):
-            if error := job.exception():
+            error = job.exception()
+            if isinstance(error, UserError):
+                raise error
+            if error:
                 failures.append(first_line(error))
-            if getattr(error, "errno", None) in DISK_FULL:
-                raise UserError("The disk is full. What arrived is kept; free some space and run this again.")
             if len(failures) > max(10, 0.05 * len(photographs)):
-                raise UserError(f"Too many photographs could not be fetched (the last: {failures[-1]}). What arrived "
-                                "is kept; run the same command again later.")
+                raise UserError(f"Too many photographs could not be fetched; what arrived is kept. {failures[-1]}")
     finally:  # also on Ctrl-C: what has not started never does
         pool.shutdown(cancel_futures=True)
     for failure in failures:
@@ -2072,8 +2061,8 @@ def demo(args):
         train_toy_clip(root, root / "clip.pt")
     for line in (f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt",
                  # small networks serve a small world; no mirror images, because captions say left and right
-                 f"train --data data/toy.pt --model small --epochs {args.epochs} --decoder-epochs {args.decoder_epochs} "
-                 f"--prior-epochs {args.prior_epochs} --prior-width 128 --no-flip",
+                 f"train --data data/toy.pt --model small --epochs {args.epochs} --decoder-epochs {args.decoder_epochs}"
+                 f" --prior-epochs {args.prior_epochs} --prior-width 128 --no-flip",
                  f"sample -n 4 {shlex.join(DEMO_PROMPTS)}", "evaluate"):
         print(f"\n$ python cvae.py {line}")
         step = parse_arguments(shlex.split(line))
@@ -2129,12 +2118,11 @@ COMMANDS = {  # what each says of itself, and its options
         "--clip": ("CLIP's name, or a weights file", {"default": "ViT-B/32"}),
         "--data": ("data file to write", {"default": CONFIG["data"]})}),
     train: ("train the VAE, then its prior, on the data file", {
-        "--model": ("sizes, rates and epochs: small for a processor or a Mac, base for a CUDA card; by the device if not "
-                    "given", {"choices": MODELS}),
+        "--model": ("sizes, rates and epochs; if not given, base for a CUDA card, else small", {"choices": MODELS}),
         "--precision": ("the fastest if not given", {"choices": ["float32", "bfloat16", "float16"]}),
         "--run": ("run folder; a new one in runs/ if not given", {"metavar": "DIR"}),
-        "--resume": ("go on with --run or the newest; a larger --prior-epochs makes it longer: the learning rate returns "
-                     "to its plateau and descends at the new end", YES)}),
+        "--resume": ("go on with --run or the newest; a larger --prior-epochs makes it longer: the learning rate "
+                     "returns to its plateau and descends at the new end", YES)}),
     sample: ("draw pictures for prompts", {
         "prompts": ("what to draw", {"nargs": "*", "type": text, "metavar": "PROMPT"}), **DRAWING,
         "-n": ("pictures per prompt", {"type": between(int, 1, 64), "default": 8}),
@@ -2173,7 +2161,7 @@ def parse_arguments(argv=None):
                 command.add_argument(option(name), help=f"{help} (default: {CONFIG[name]}{larger})", **details)
         if function is prepare:
             which, where = command.add_mutually_exclusive_group(), command.add_mutually_exclusive_group()
-            which.add_argument("--theme", choices=THEMES, default="bucolic", help="words to find (default: %(default)s)")
+            which.add_argument("--theme", choices=THEMES, default="bucolic", help="words (default: %(default)s)")
             which.add_argument("--words", nargs="+", type=text, metavar="WORD", help="words of your own")
             where.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
             where.add_argument("--mirror", metavar="URL", default=COCO_URL, help="to fetch from (default: %(default)s)")
@@ -2189,8 +2177,7 @@ def refuse_contradictions(args):
         if args.interpolate and (len(args.prompts) != 2 or given & {"image", "show_steps"}):
             raise UserError("--interpolate goes between exactly two prompts, without --image or --show-steps.")
         if args.rerank and (given & {"interpolate", "show_steps"} or args.rerank < args.n):
-            raise UserError("--rerank N keeps the best -n of N pictures: N must be at least as large, and neither "
-                            "--interpolate nor --show-steps goes with it.")
+            raise UserError("--rerank N, at least as large as -n, goes without --interpolate and --show-steps.")
     if args.function is train and args.latents == "flat" and args.channels:
         raise UserError("--channels is for a grid of latents, and --latents flat has none.")
     if args.function is train and not args.resume and args.prior == "normal":
@@ -2212,8 +2199,8 @@ def main(argv=None):
             raise
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            smaller = "half of the --batch, --decoder-batch or --prior-batch" if args.function is train else "a smaller -n"
-            message = f"The GPU ran out of memory; try {smaller}."
+            size = "half of --batch, --decoder-batch or --prior-batch" if args.function is train else "a smaller -n"
+            message = f"The GPU ran out of memory; try {size}."
         elif isinstance(error, KeyboardInterrupt):
             message = message or "Interrupted. What was finished is kept; the same command goes on."
         elif isinstance(error, ImportError) and "clip" in str(error.name):  # two packages have this name
