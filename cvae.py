@@ -2178,6 +2178,8 @@ def refuse_contradictions(args):
             raise UserError("--interpolate goes between exactly two prompts, without --image or --show-steps.")
         if args.rerank and (given & {"interpolate", "show_steps"} or args.rerank < args.n):
             raise UserError("--rerank N, at least as large as -n, goes without --interpolate and --show-steps.")
+    if args.function is prepare and UNSAFE_NAME.search(args.split):
+        raise UserError(f"--split {args.split} is not a plain name.")
     if args.function is train and args.latents == "flat" and args.channels:
         raise UserError("--channels is for a grid of latents, and --latents flat has none.")
     if args.function is train and not args.resume and args.prior == "normal":
