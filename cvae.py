@@ -94,7 +94,7 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
 #         loss = D / 2 * log(MSE(x_hat, x)) + KL(q, N(0, I))
 #
 #     Stage 2: the decoder's second lesson                # section 6; the encoder is frozen
-#         loss = MSE(x_hat, x) / (2 * variance) - 0.08 * critic(x_hat)    # 3x64x64 -> 1x8x8 opinions
+#         loss = MSE(x_hat, x) / (2 * variance) - 0.2 * critic(x_hat)     # 3x64x64 -> 1x8x8 opinions
 #         critic's loss = max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))
 #
 #     Stage 3: the prior                                  # section 7; all latents are computed once
@@ -217,10 +217,8 @@ CPU = torch.device("cpu")  # there CLIP computes in bfloat16 if that is fast; on
 @torch.no_grad()
 def encode_images(model, images):
     """Embed pictures with CLIP: uint8 or [0, 1] float (N, 3, H, H) -> unit vectors (N, E)."""
-    resolution, embeddings, batches = model.visual.input_resolution, [], images.split(64)
-    if len(batches) > 8:  # takes a while
-        batches = tqdm(batches, desc="CLIP, images", leave=False)
-    for batch in batches:
+    resolution, embeddings = model.visual.input_resolution, []
+    for batch in tqdm(images.split(64), "CLIP, images", leave=False, disable=len(images) <= 512):
         pixels = batch.float() / 255 if batch.dtype == torch.uint8 else batch
         if pixels.shape[-1] != resolution:
             pixels = F.interpolate(pixels, (resolution,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
@@ -238,8 +236,8 @@ def encode_texts(model, texts):
     device, embeddings = model.text_projection.device, []
     for start in tqdm(range(0, len(texts), 64), "CLIP, captions", leave=False, disable=len(texts) <= 512):
         tokens = clip.tokenize(texts[start:start + 64], model.context_length, truncate=True)    # (n, 77)
-        # the end token has the largest number; CLIP reads from left to right, so the zeros that follow
-        # the longest caption's end change nothing, and captions are short: most of the work is saved
+        # CLIP reads from left to right, and the end token has the largest number: what follows the longest
+        # caption's end changes nothing. Captions are short, so most of the work is saved
         tokens = tokens[:, :int(tokens.argmax(1).max()) + 1]
         with autocast(CPU, choose_precision(CPU)):
             embeddings.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
@@ -391,13 +389,14 @@ class VAE(nn.Module):
         return torch.sigmoid((self.decoder(h) + self.skip_out(z)).float())
 
     def forward(self, x, embedding, modality):
-        """Reconstruct x from a draw from q: x_hat (N, 3, S, S) and KL (N,) in nats.
-
-        z = mu + sigma · noise, the reparameterisation: gradients pass through mu and sigma, not the dice.
-        """
+        """Reconstruct x from a draw from q: x_hat (N, 3, S, S) and KL (N,) in nats."""
         mu, logvar = self.encode(x, embedding, modality)
-        z = mu + torch.exp(logvar / 2) * torch.randn_like(mu)
-        return self.decode(z, embedding, modality), kl_divergence(mu, logvar)
+        return self.decode(sample_posterior(mu, logvar), embedding, modality), kl_divergence(mu, logvar)
+
+
+def sample_posterior(mu, logvar):
+    """Draw z from q, reparameterised: gradients pass through mu and sigma, not through the dice."""
+    return mu + torch.exp(logvar / 2) * torch.randn_like(mu)
 
 
 # Try it: eight photographs, decoded with their own conditions and with each other's. Almost the same.
@@ -667,17 +666,21 @@ def measure_vae(vae, images, data, index, objective=elbo_loss):
 # tell those of photographs from decoded ones, and so finds out what is missing (Larsen et al. 2016, arXiv
 # 1512.09300; Esser et al. 2021, arXiv 2012.09841; it is how Stable Diffusion's decoder was trained).
 #
-#     critic:   max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))          photographs above 1, others below -1
-#     decoder:  MSE / (2 variance) - w critic(x_hat)                       stay near x, and please the critic
+#     critic:   max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))         photographs above 1, others below -1
+#     decoder:  MSE / (2 variance) - w critic(x_hat)                      stay near x, and please the critic
 #
 # The first is the hinge loss (arXiv 1705.02894): who is right by a margin learns no more, so neither player runs
 # away. Spectral norm (Miyato et al. 2018, arXiv 1802.05957) keeps the critic's slope at most one, so it can't ask
-# for infinitely small changes. The likelihood stays: the decoder still answers for every pixel.
+# for infinitely small changes.
 #
-# The encoder is frozen. The latents stay where the ELBO put them; a critic could not ask anything of them, since
-# it never sees them, and an encoder that served it would hide texture in the latents at the likelihood's cost.
+# The second keeps the likelihood, so that the decoder answers for every pixel. But each square of 8x8 pixels has a
+# variance of its own: the MSE that the first lesson's decoder has there. In a sky it is small, and grain costs much;
+# in fur it is large, and texture costs little. With one variance for all, skies turned grainy before fur was sharp.
+#
+# The encoder is frozen: the critic never sees the latents and could ask nothing of them.
 
-CRITIC_WEIGHT = 0.08  # less leaves photographs blurred, more makes skies grainy (assets/experiments.md)
+CRITIC_WEIGHT = 0.2  # less leaves photographs blurred, more makes them grainy (assets/experiments.md)
+LEAST_VARIANCE = 1e-4  # of a square: an error of two levels of 256 can't be seen
 
 
 def make_critic():
@@ -692,26 +695,31 @@ def make_critic():
 
 def train_decoder(run):
     """Stage 2: the decoder learns on, against a critic; the encoder is frozen."""
-    vae, val = deepcopy(run.models["vae"]).requires_grad_(True), indices(run.data, VAL)
-    for part in vae.encoder, vae.to_moments, vae.skip_in, vae.condition:
-        part.requires_grad_(False)
+    first, val = run.models["vae"].requires_grad_(False), indices(run.data, VAL)  # the first lesson's VAE
+    vae = deepcopy(first)
+    for layers in vae.from_latent, vae.decoder, vae.skip_out:
+        layers.requires_grad_(True)
     torch.manual_seed(run.config["seed"])
     critic = make_critic().to(run.device, memory_format=torch.channels_last)
     print(f"{run.folder}: the decoder's second lesson, by a critic of {count_parameters(critic):,} parameters")
-    forward = compiled(vae, run)
+    first_decode, decode = compiled(first.decode, run), compiled(vae.decode, run)
     psnr = min(run.history["vae"][1:], key=lambda figures: figures["loss"])["psnr"]  # of the VAE in best.pt
 
     def loss(index, progress):
         x = mirror_half(get_images(run.images, index, run.device), run.config["flip"])  # (n, 3, S, S)
-        top, left = torch.randint(9, (2,)).tolist()  # the critic sees a cut-out, so that its grid of strides moves
-        seen = ..., slice(top, top + x.shape[2] - 8), slice(left, left + x.shape[3] - 8)  # against the decoder's
+        top, left = torch.randint(9, (2,)).tolist()  # a cut-out, so that the critic's strides move against the
+        seen = ..., slice(top, top + x.shape[2] - 8), slice(left, left + x.shape[3] - 8)  # decoder's squares
+        c = sample_condition(run.data, index)
         with autocast(run.device, run.dtype):
-            x_hat, _ = forward(x, *sample_condition(run.data, index))
+            z = sample_posterior(*first.encode(x, *c))
+            x_mean, x_hat = first_decode(z, *c), decode(z, *c)
             critic.requires_grad_(False)  # the decoder's move: how to please the critic as it is
             pleased = critic(x_hat[seen]).float().mean()
             critic.requires_grad_(True)   # the critic's move: how to tell the two apart
             real, decoded = critic(x[seen]).float(), critic(x_hat.detach()[seen]).float()
-        decoder_loss = F.mse_loss(x_hat, x) / (2 * vae.variance) - CRITIC_WEIGHT * min(1, 8 * progress) * pleased
+        mse, variance = (F.avg_pool2d((y - x).square().mean(1), 8) for y in (x_hat, x_mean))  # (n, S/8, S/8)
+        nll = (mse / (2 * (variance + LEAST_VARIANCE))).mean()
+        decoder_loss = nll - CRITIC_WEIGHT * min(1, 8 * progress) * pleased
         return decoder_loss + F.relu(1 - real).mean() + F.relu(1 + decoded).mean()
 
     def validate():  # without a "loss", as two players have none in common
@@ -722,7 +730,7 @@ def train_decoder(run):
         return {name: figures[name] for name in ("bpd", "psnr")}
 
     run.history.setdefault("decoder", [{"step": 0, "epoch": 0}])
-    fit(run, "decoder", nn.ModuleDict({"vae": vae, "critic": critic}), loss, validate,
+    fit(run, "decoder", nn.ModuleDict({"vae": vae, "critic": critic, "first": first}), loss, validate,
         lambda path: save_reconstructions(path, run.models["vae"], run.images, run.data, val[:8]))
 
 
@@ -868,19 +876,19 @@ def train_prior(run):
     print(f"{run.folder}: the prior, {count_parameters(flow):,} parameters")
     forward = compiled(flow, run)
 
-    def sample_posterior(index):  # anew at every visit: the prior learns where q puts a picture, not one point
+    def sample_latents(index):  # anew at every visit: the prior learns where q puts a picture, not one point
         version = torch.randint(mu.shape[1], (len(index),), device=run.device)  # mirrored or not
         m, s = mu[index, version].float(), sigma[index, version].float()                # (n, C, G, G)
         return (m + s * torch.randn_like(m) - flow.latent_mean) / flow.latent_std
 
     def loss(index, progress):
         with autocast(run.device, run.dtype):
-            return flow_loss(forward, sample_posterior(index), *sample_condition(data, index))
+            return flow_loss(forward, sample_latents(index), *sample_condition(data, index))
 
     @torch.no_grad()
     def validate():
         torch.manual_seed(0)
-        losses = [flow_loss(run.models["prior"], sample_posterior(batch), data["caption_embeddings"][batch, 0],
+        losses = [flow_loss(run.models["prior"], sample_latents(batch), data["caption_embeddings"][batch, 0],
                             TEXT, p_uncond=0.0) for batch in val.split(256)]
         return {"loss": torch.stack(losses).mean().item()}
 
