@@ -46,6 +46,7 @@ Autoencoders" (Brown University, 2024).
 """
 import argparse
 import contextlib
+import difflib
 import errno
 import hashlib
 import http.client
@@ -1207,7 +1208,7 @@ def must_be_writable(path):
         raise UserError(f"{path} is a folder, not a file that could be written.")
 
 
-VERSIONS = {"data file": 3, "checkpoint": 8}  # of the two kinds of files that save writes and load reads
+VERSIONS = {"data file": 3, "checkpoint": 9}  # of the two kinds of files that save writes and load reads
 
 
 def save(content, path, kind):
@@ -1317,8 +1318,13 @@ def load_image(path, box):
 def load_clip(name, device="cpu", fingerprint=None):
     """CLIP by model name ("ViT-B/32": fetched once to ~/.cache/clip) or weights file; a run names its fingerprint."""
     from clip import available_models, load  # pip's other clip has neither: main explains
-    if not os.path.isfile(name) and name not in available_models():
-        raise UserError(f"--clip {name}: there is no such file, and the models are {', '.join(available_models())}.")
+    if not os.path.isfile(name):  # people write ViT-B-32, and open_clip ViT-B-32-quickgelu
+        plain, *known = (re.sub("[^a-z0-9]|quickgelu|px", "", n.lower()) for n in [name, *available_models()])
+        nearest = difflib.get_close_matches(plain, known, 1, 0)[0]
+        wish, name = name, available_models()[known.index(nearest)]
+        if nearest != plain:
+            hint = "" if re.search(r"^[.~/\\]|\.\w+$", wish) else f" and no such model; the nearest is {name}"
+            raise UserError(f"--clip {wish}: there is no such file{hint}.")
     try:
         model = load(name, device=device)[0]
     except Exception as error:

@@ -2819,10 +2819,25 @@ def test_another_clip_as_a_user_meets_it(here, world, other_clip):
     assert process.returncode == 1 and is_help_with_clip(process.stderr.strip()) and "Traceback" not in process.stderr, process.stderr
 
 
-@pytest.mark.parametrize("name", ["ViT-B/99", "ViT-B-32", "models/clip.pt", "./clip", "~/clip", "/no/clip"])
-def test_a_clip_that_is_not_there_is_one_sentence_with_the_names_of_models(here, name):
-    with pytest.raises(cvae.UserError, match=rf"^--clip {name}: there is no such file, .*, ViT-B/32, .*\.$"):
+@pytest.mark.parametrize("spelling, model", [
+    ("ViT-B-32", "ViT-B/32"), ("vit-b/32", "ViT-B/32"), ("ViT-B/32-quickgelu", "ViT-B/32"), ("ViT-B-32-quickgelu", "ViT-B/32"), ("vit_b_16", "ViT-B/16"),
+    ("ViT-L-14-336", "ViT-L/14@336px"), ("rn50X64", "RN50x64"), ("ViT-L/14", "ViT-L/14"), ("RN50-quickgelu", "RN50")])
+def test_known_spellings_of_clip_are_taken(here, monkeypatch, spelling, model):
+    import clip
+    asked = []
+    monkeypatch.setattr(clip, "load", lambda name, device: (asked.append(name), (nn.Linear(1, 1),))[1])
+    cvae.load_clip(spelling)
+    assert asked == [model]
+
+
+@pytest.mark.parametrize("name, nearest", [("ViT-B/99", "ViT-B/32"), ("ViT-H-14", "ViT-L/14"), ("resnet50", "RN50"), ("openai/clip-vit-base-patch32", "ViT-B/32"),
+                                           ("models/clip.pt", None), ("weights.pt", None), ("./clip", None), ("~/clip", None), ("/no/clip", None)])
+def test_a_clip_that_is_not_there_is_one_short_sentence(here, name, nearest):
+    with pytest.raises(cvae.UserError) as stop:
         cvae.load_clip(name)
+    said = str(stop.value)
+    assert said.startswith(f"--clip {name}: there is no such file") and len(said) < 120 and said.count(".") - name.count(".") == 1
+    assert said.endswith(f"the nearest is {nearest}." if nearest else "no such file.")
 
 
 # Consoles and arguments
