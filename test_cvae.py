@@ -1,8 +1,7 @@
 """Tests of cvae.py: `python -m pytest` (offline, on the CPU, about three minutes).
 
-`-m slow` takes a CLIP of ViT-B/32's full size through clip.load; `-m bars` runs the whole demo and an hour of
-photographs and judges their pictures. An oracle is never cvae.py itself: torch.distributions, numpy, clip's own preprocessing,
-hand-picked captions, a server that misbehaves on purpose.
+`-m slow` takes a CLIP of ViT-B/32's full size through clip.load; `-m bars` runs the whole demo and an hour of photographs and judges their
+pictures. An oracle is never cvae.py itself: torch.distributions, numpy, clip's own preprocessing, captions by hand, a server that misbehaves.
 """
 import concurrent.futures
 import contextlib
@@ -16,7 +15,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -49,13 +47,12 @@ HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared" / "coco"
 PHOTOGRAPHS = HERE.parent / "shared" / "photographs"
 KEPT = HERE / ".pytest_cache"  # where measurements leave their figures
-THREADS = torch.get_num_threads()
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not on this machine")
+THREADS, CPU = torch.get_num_threads(), torch.device("cpu")
+VIT_B_32 = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32,
+                transformer_width=512, transformer_heads=8, transformer_layers=12)
 
 
-# ---------------------------------------------------------------------------------------------------
-# A small world: two dozen drawn pastures as a COCO folder, and a tiny CLIP with random weights
-
+# ---- A small world: two dozen drawn pastures as a COCO folder, and a tiny CLIP with random weights
 
 def make_clip(path, seed=0, **sizes):
     """Save a CLIP with random weights as the state dict that clip.load reads."""
@@ -70,16 +67,100 @@ def make_clip(path, seed=0, **sizes):
 def make_coco(root, count=24, split="val2017", url=None):
     """Write `count` drawn pastures as COCO would: root/split/*.jpg, root/annotations/captions_*.json."""
     (root / split).mkdir(parents=True)
-    (root / "annotations").mkdir()
     dice, images, annotations = random.Random(1), [], []
     for number in range(count):
         scene, name = cvae.random_scene(dice), f"{number:012}.jpg"
         cvae.draw_pasture(scene, number).resize((160, 120)).save(root / split / name)
-        images.append({"id": number, "file_name": name, "width": 160, "height": 120,
-                       "coco_url": f"{url}/{split}/{name}" if url else ""})
+        images.append(image(number, file_name=name, width=160, height=120, coco_url=f"{url}/{split}/{name}" if url else ""))
         annotations += [{"image_id": number, "caption": text} for text in cvae.caption_pasture(scene, dice)]
-    (root / f"annotations/captions_{split}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    captions_file(root, images, annotations, split)
     return root
+
+
+def image(number, **more):
+    return {"id": number, "file_name": f"{number}.jpg", "width": 20, "height": 10} | more
+
+
+def captions_file(root, images, annotations, split="val2017", **more):
+    """Write a captions file of these records; return its path."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    path = root / f"annotations/captions_{split}.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, **more}))
+    return path
+
+
+@contextlib.contextmanager
+def edited(path):
+    """The content of a JSON file, to be changed within the block."""
+    content = json.loads(path.read_text())
+    yield content
+    path.write_text(json.dumps(content))
+
+
+def do(*argv):
+    cvae.main(list(map(str, argv)))
+
+
+def stops(*argv):
+    """Run a command that must fail as expected; return its one sentence."""
+    with pytest.raises(SystemExit) as stop:
+        do(*argv)
+    assert isinstance(stop.value.code, str), "an exit status alone explains nothing"  # sys.exit(text): status 1
+    return stop.value.code.strip()
+
+
+def start(*argv, run=subprocess.run, env=None, **options):
+    """Run cvae.py as a user would: a process of its own."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | ({"timeout": 170} if run == subprocess.run else {}) | options
+    return run([sys.executable, str(HERE / "cvae.py"), *map(str, argv)], env=(env or os.environ) | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def prepare(coco, world, *options, words=("sheep", "cow", "horse")):
+    return "prepare", "--coco", coco, "--split", "val2017", "--words", *words, "--clip", world / "clip.pt", *options
+
+
+def prepared(path=cvae.CONFIG["data"]):
+    return cvae.load_data(path)
+
+
+SMALL = ["--epochs", 2, "--batch", 8, "--vae-width", 16, "--decoder-epochs", 1, "--decoder-batch", 8, "--prior-epochs", 2, "--prior-width", 64,
+         "--prior-batch", 32]
+EPOCHS = ["--dropout", "--epochs", 3, "--prior-epochs", 3]
+
+
+def training(world, run, *options):
+    return "train", "--data", world / "data.pt", "--run", run, *(SMALL[:10] if "normal" in options else SMALL), *options
+
+
+def stored(path):
+    """What a checkpoint holds: that of a file, or last.pt of a run."""
+    return torch.load(path if Path(path).suffix == ".pt" else Path(path) / "last.pt", weights_only=True)
+
+
+def equal(a, b):
+    """Whether two trees of dicts, lists, tensors and plain values are the same, bit for bit."""
+    if isinstance(a, (dict, list)) and type(a) is type(b) and len(a) == len(b):
+        return all(equal(a[key], b[key]) for key in a) if isinstance(a, dict) and a.keys() == b.keys() else all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def same_weights(a, b):
+    """Whether two checkpoints hold the same two networks."""
+    return all(equal(stored(a)[part], stored(b)[part]) for part in ("vae", "prior"))
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def keep(name, figures):
+    """Keep measured figures for the README, and print them."""
+    KEPT.mkdir(exist_ok=True)
+    (KEPT / name).write_text(json.dumps(figures, indent=2))
+    print("\n" + json.dumps(figures, indent=2))
 
 
 @pytest.fixture(scope="session")
@@ -89,9 +170,18 @@ def world(tmp_path_factory):
     make_coco(root / "coco")
     make_clip(root / "clip.pt")
     make_clip(root / "other-clip.pt", seed=1)
-    cvae.main(["prepare", "--coco", str(root / "coco"), "--split", "val2017", "--words", "sheep", "cow", "horse",
-               "--clip", str(root / "clip.pt"), "--data", str(root / "data.pt")])
+    do(*prepare(root / "coco", root, "--data", root / "data.pt"))
     return root
+
+
+@pytest.fixture(scope="session")
+def clip_model(world):
+    return cvae.load_clip(str(world / "clip.pt"))
+
+
+@pytest.fixture(scope="session")
+def jpegs(world):
+    return sorted((world / "coco/val2017").glob("*.jpg"))
 
 
 @pytest.fixture
@@ -113,98 +203,43 @@ def hardly_any_pictures(request, monkeypatch):
 @pytest.fixture(scope="session")
 def run_folder(world):
     """A model trained for two short epochs."""
-    train(world, world / "run")
+    do(*training(world, world / "run"))
     return world / "run"
-
-
-EPOCHS = ["--dropout", "--epochs", 3, "--prior-epochs", 3]
 
 
 @pytest.fixture(scope="session")
 def undisturbed(world):
-    """The checkpoint that an interrupted training must end in, given the same EPOCHS."""
-    train(world, world / "undisturbed", *EPOCHS)
-    return torch.load(world / "undisturbed/last.pt", weights_only=True)
+    """The run that an interrupted training must end as, given the same EPOCHS."""
+    do(*training(world, world / "undisturbed", *EPOCHS))
+    return world / "undisturbed"
 
 
-def train(world, run, *options):
-    cvae.main(["train", "--data", str(world / "data.pt"), "--run", str(run), *map(str, [*(SMALL[:10] if "normal" in options else SMALL), *options])])
+# ---- The objective
 
-
-SMALL = ["--epochs", 2, "--batch", 8, "--vae-width", 16, "--decoder-epochs", 1, "--decoder-batch", 8, "--prior-epochs", 2, "--prior-width", 64, "--prior-batch", 32]
-
-
-def stops(*argv):
-    """Run a command that must fail as expected; return its one sentence."""
-    with pytest.raises(SystemExit) as stop:
-        cvae.main(list(map(str, argv)))
-    assert isinstance(stop.value.code, str), "an exit status alone explains nothing"  # sys.exit(text): status 1
-    return stop.value.code.strip()
-
-
-def cli(*argv, **options):
-    """Run cvae.py as a user would: a process of its own."""
-    return subprocess.run([sys.executable, str(HERE / "cvae.py"), *map(str, argv)], capture_output=True, text=True,
-                          timeout=170, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
-
-
-def keep(name, figures):
-    """Keep measured figures for the README."""
-    KEPT.mkdir(exist_ok=True)
-    (KEPT / name).write_text(json.dumps(figures, indent=2))
-
-
-def weights(path):
-    """Both networks of a checkpoint: {"vae": ..., "prior": ...}."""
-    checkpoint = torch.load(path, weights_only=True)
-    return {"vae": checkpoint["vae"], "prior": checkpoint["prior"]}
-
-
-def same_weights(a, b):
-    return all(a[part].keys() == b[part].keys() and all(torch.equal(a[part][name], b[part][name]) for name in a[part]) for part in a)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The objective
-
-
-def test_kl_agrees_with_torch_distributions():
+def test_kl_likelihood_and_bits_agree_with_torch_distributions_and_known_cases():
     torch.manual_seed(0)
+    normal = torch.distributions.Normal
     mu, logvar = torch.randn(2, 3, 2, 5, 5)
-    q = torch.distributions.Normal(mu, (0.5 * logvar).exp())
-    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum((1, 2, 3))
+    expected = torch.distributions.kl_divergence(normal(mu, (0.5 * logvar).exp()), normal(0, 1)).sum((1, 2, 3))
     torch.testing.assert_close(cvae.kl_divergence(mu, logvar), expected)
-
-
-def test_likelihood_agrees_with_torch_distributions_and_its_variance_is_the_best():
-    torch.manual_seed(0)
     x, picture = torch.rand(2, 500).double()
     mse = F.mse_loss(picture, x)
-    nll = [-torch.distributions.Normal(picture, scale * mse.sqrt()).log_prob(x).sum() for scale in (0.9, 1.0, 1.1)]
-    torch.testing.assert_close(cvae.gaussian_nll(mse, 500, mse), nll[1])
+    nll = [-normal(picture, scale * mse.sqrt()).log_prob(x).sum() for scale in (0.9, 1.0, 1.1)]
     assert nll[1] < nll[0] and nll[1] < nll[2]
-    for scale, expected in zip((0.9, 1.0, 1.1), nll):  # and with a variance from elsewhere
+    for scale, expected in zip((0.9, 1.0, 1.1), nll):  # with a variance from elsewhere, too
         torch.testing.assert_close(cvae.gaussian_nll(mse, 500, scale**2 * mse), expected)
-
-
-def test_bits_per_dimension_of_known_cases():
-    # a variance of 1/(2 pi e) has the entropy of the uniform density on [0, 1]: all 8 bits
-    variance = torch.tensor(1 / (2 * np.pi * np.e))
-    nats = cvae.gaussian_nll(variance, 10, variance)
-    assert cvae.bits_per_dimension(nats, 10).item() == pytest.approx(8, abs=1e-5)
-    # a perfect picture leaves only the dequantisation noise: half a log of 2 pi e / 12
-    x = torch.rand(2, 3, 8, 8)
-    assert cvae.elbo_loss(x, x, torch.zeros(2)).item() == pytest.approx(0.5 * np.log2(2 * np.pi * np.e / 12), abs=1e-4)
-    # a KL of D ln 2 nats costs one bit per value more
-    more = cvae.elbo_loss(x, x, torch.full((2,), 192 * np.log(2)))
-    assert more.item() == pytest.approx(1 + 0.5 * np.log2(2 * np.pi * np.e / 12), abs=1e-4)
+    # bits per dimension of known cases
+    variance = torch.tensor(1 / (2 * np.pi * np.e))  # has the entropy of the uniform density on [0, 1]: all 8 bits
+    assert cvae.bits_per_dimension(cvae.gaussian_nll(variance, 10, variance), 10).item() == pytest.approx(8, abs=1e-5)
+    x, noise = torch.rand(2, 3, 8, 8), 0.5 * np.log2(2 * np.pi * np.e / 12)  # a perfect picture leaves only the dequantisation noise
+    assert cvae.elbo_loss(x, x, torch.zeros(2)).item() == pytest.approx(noise, abs=1e-4)
+    assert cvae.elbo_loss(x, x, torch.full((2,), 192 * np.log(2))).item() == pytest.approx(1 + noise, abs=1e-4)  # D ln 2 nats: one bit per value
 
 
 def slow_ssim(a, b):
     """SSIM by the definition: a loop over windows, in numpy."""
     g = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
-    w = np.outer(g, g) / np.outer(g, g).sum()
-    values = []
+    w, values = np.outer(g, g) / np.outer(g, g).sum(), []
     for channel, i, j in itertools.product(range(3), range(a.shape[1] - 10), range(a.shape[2] - 10)):
         p, q = a[channel, i:i + 11, j:j + 11], b[channel, i:i + 11, j:j + 11]
         mp, mq = (w * p).sum(), (w * q).sum()
@@ -216,67 +251,51 @@ def slow_ssim(a, b):
 def test_ssim_and_the_original_loss_agree_with_their_definitions():
     torch.manual_seed(0)
     a, b = torch.rand(2, 2, 3, 14, 14)
-    scores = [slow_ssim(p.double().numpy(), q.double().numpy()) for p, q in zip(a, b)]
-    np.testing.assert_allclose(cvae.ssim(a, b), scores, atol=1e-5)
-    kl = torch.tensor([3.0, 7.0])
     p, q = a.double().numpy(), b.double().numpy()
+    scores = np.array(list(map(slow_ssim, p, q)))
+    np.testing.assert_allclose(cvae.ssim(a, b), scores, atol=1e-5)
     bce = -(q * np.log(p) + (1 - q) * np.log(1 - p)).sum((1, 2, 3)) / 3
-    expected = np.mean(bce + 0.5 * np.array([3, 7]) + 0.1 * (1 - np.array(scores)) / 2)
-    assert cvae.original_loss(a, b, kl).item() == pytest.approx(expected, rel=1e-5)
+    expected = np.mean(bce + 0.5 * np.array([3, 7]) + 0.1 * (1 - scores) / 2)
+    assert cvae.original_loss(a, b, torch.tensor([3.0, 7.0])).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_loss_of_any_valid_batch_is_finite_and_so_are_its_gradients(seed):
-    dice = torch.Generator().manual_seed(seed)
-    x = [torch.zeros(3, 3, 64, 64), torch.ones(3, 3, 64, 64), torch.rand(3, 3, 64, 64, generator=dice),
-         torch.rand(3, 3, 64, 64, generator=dice).round(), torch.full((3, 3, 64, 64), 0.5)][seed]
-    for network in ("grid", "flat", "report"):
-        model = ReportVAE(64, 4, dropout=0.3) if network == "report" else cvae.VAE(64, 4, network, dropout=0.3)
-        picture, kl = model(x, 10 * torch.randn(3, 4, generator=dice), torch.tensor([0, 1, 1]))
-        for objective in ("elbo", "original"):
-            loss = cvae.OBJECTIVES[objective](picture, x, kl)
-            loss.backward(retain_graph=objective == "elbo")
-            assert loss.isfinite()
-            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+@pytest.mark.parametrize("latents", ["grid", "flat"])
+def test_the_loss_of_any_valid_batch_is_finite_and_so_are_its_gradients(latents):
+    torch.manual_seed(0)
+    for x in (torch.zeros(3, 3, 64, 64), torch.ones(3, 3, 64, 64), torch.rand(3, 3, 64, 64), torch.rand(3, 3, 64, 64).round()):
+        model = cvae.VAE(64, 4, latents, dropout=0.3)
+        picture, kl = model(x, 10 * torch.randn(3, 4), torch.tensor([0, 1, 1]))
+        for objective in cvae.OBJECTIVES.values():
+            loss = objective(picture, x, kl)
+            loss.backward(retain_graph=True)
+            assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The word filter
+# ---- The word filter
 
-
-@pytest.mark.parametrize("caption, matches", [
-    ("A cow stands in a field.", True), ("Two cows.", True), ("SHEEP!", True), ("a flock of sheep, grazing", True),
-    ("a cowboy rides", False), ("a scowling man", False), ("a sheepdog runs", False), ("a coward", False),
-    ("cow", True), ("the cow's bell", True), ("", False), ("a moscow street", False), ("black-and-white cow", True)])
-def test_bucolic_filter(caption, matches):
-    assert bool(cvae.word_pattern(cvae.THEMES["bucolic"]).search(caption)) == matches
-
-
-@pytest.mark.parametrize("caption, matches", [
-    ("a grassy hillside", True), ("farmland", True), ("a mountainous view", True), ("on horseback", True),
-    ("forested hills", True), ("a barn in a farmyard", True), ("chilled wine", False), ("a seahorse toy", False),
-    ("a fence in a yard", True), ("good natured dog", False), ("mountains", True),
-    ("a hilltop farmhouse", True), ("grasshopper", False), ("natural light", False), ("a horseshoe", False)])
-def test_nature_filter(caption, matches):
-    assert bool(cvae.word_pattern(cvae.THEMES["nature"]).search(caption)) == matches
-
-
-def test_any_word_is_found_as_a_word_and_only_as_one():
+@pytest.mark.parametrize("theme, found, not_found", [
+    ("bucolic", ["A cow stands in a field.", "Two cows.", "SHEEP!", "a flock of sheep, grazing", "cow", "the cow's bell", "black-and-white cow"],
+     ["a cowboy rides", "a scowling man", "a sheepdog runs", "a coward", "", "a moscow street"]),
+    ("nature", ["a grassy hillside", "farmland", "a mountainous view", "on horseback", "forested hills", "a barn in a farmyard",
+                "a fence in a yard", "mountains", "a hilltop farmhouse"],
+     ["chilled wine", "a seahorse toy", "good natured dog", "grasshopper", "natural light", "a horseshoe"])])
+def test_the_themes_find_words(theme, found, not_found):
+    pattern = cvae.word_pattern(cvae.THEMES[theme])
+    assert [text for text in found + not_found if pattern.search(text)] == found
     dice = random.Random(0)
-    for _ in range(300):  # words with regular-expression characters in them, too
+    for _ in range(300):  # any word is found as a word and only as one, with regular-expression characters in it, too
         word = "".join(dice.choices("abcxyz.+*?()[]|\\^$-&é", k=dice.randint(1, 6)))
         pattern = cvae.word_pattern([word])
         assert pattern.search(f"before {word} after") and pattern.search(f"{word.upper()}s")
-        assert not pattern.search(f"x{word}") and not pattern.search(f"{word}q")
-        assert not pattern.search("zebra crossing")
+        assert not any(map(pattern.search, (f"x{word}", f"{word}q", "zebra crossing")))
 
 
-@needs_shared
+@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not on this machine")
 def test_filter_against_the_counts_of_the_real_captions():
     path = SHARED / "annotations/captions_val2017.json"
-    coco = json.loads(path.read_bytes())
-    by_substring = {a["image_id"] for a in coco["annotations"] if re.search("cow|sheep", a["caption"].lower())}
-    by_word = {a["image_id"] for a in coco["annotations"] if re.search(r"\b(cows?|sheeps?)\b", a["caption"].lower())}
+    annotations = json.loads(path.read_bytes())["annotations"]
+    by_substring, by_word = ({a["image_id"] for a in annotations if re.search(pattern, a["caption"].lower())}
+                             for pattern in ("cow|sheep", r"\b(cows?|sheeps?)\b"))
     assert (len(by_substring), len(by_word)) == (140, 134)  # shared/coco/README.md
     ours = {int(p["id"]) for p in cvae.read_captions(path, cvae.THEMES["bucolic"])}
     assert by_word <= ours <= by_substring and len(ours) < 140
@@ -286,19 +305,15 @@ def test_filter_against_the_counts_of_the_real_captions():
     assert len(cvae.read_captions(path, cvae.THEMES["all"])) == 5000
 
 
-# ---------------------------------------------------------------------------------------------------
-# Photographs
-
-
-def jpeg(image, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **options)
-    return buffer.getvalue()
-
+# ---- Photographs
 
 def gradient(mode="RGB", size=(200, 100)):
     row = np.linspace(0, 255, size[0]).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(row[None, :, None], (size[1], size[0], 3)).copy()).convert(mode)
+
+
+def square_of(path):
+    return cvae.centre_square(cvae.load_image(path, 64), 64).float()
 
 
 @pytest.mark.parametrize("mode, suffix", [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("LA", "png"), ("RGBA", "png"),
@@ -310,85 +325,65 @@ def test_pictures_of_every_mode_become_the_same_square(here, mode, suffix):
         Image.fromarray(values if mode == "I;16" else values.astype(np.int32)).save(path)
     else:
         gradient(mode).save(path)
-    square = cvae.centre_square(cvae.load_image(path, 64), 64).float()
+    square = square_of(path)
     assert square.shape == (3, 64, 64)
     expected = torch.linspace(64, 191, 64)  # the middle half of the gradient, left to right
-    tolerance = 80 if mode in ("1", "P") else 12  # few colours: dithering stays in places
-    assert (square.mean((0, 1)) - expected).abs().max() < tolerance
-
-
-def test_one_pixel_wide_and_rotated_pictures(here):
-    gradient(size=(1, 300)).save(here / "thin.png")
-    assert cvae.centre_square(cvae.load_image(here / "thin.png", 64), 64).shape == (3, 64, 64)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees to view": the camera was held upright
-    gradient().save(here / "rotated.jpg", exif=exif)
-    upright = cvae.centre_square(cvae.load_image(here / "rotated.jpg", 64), 64).float()
-    assert upright.mean((0, 2))[-1] - upright.mean((0, 2))[0] > 100  # now it runs from top to bottom
-    assert abs(upright.mean((0, 1))[-1] - upright.mean((0, 1))[0]) < 10
+    assert (square.mean((0, 1)) - expected).abs().max() < (80 if mode in ("1", "P") else 12)  # few colours: dithering stays in places
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [10_000, 14_000])  # Pillow by itself warns of the one and refuses the other
-def test_a_decompression_bomb_is_refused(here, side):
-    Image.new("1", (side, side)).save(here / "bomb.png")  # 25 KB or less that would unpack to 100 or 196 million pixels
-    with pytest.raises(ValueError, match="decompression bomb"):
-        cvae.load_image(here / "bomb.png", 64)
-
-
-def test_the_crop_is_centred_and_keeps_the_shape_of_things():
+def test_pictures_of_odd_shapes(here):
+    gradient(size=(1, 300)).save(here / "thin.png")
+    assert square_of(here / "thin.png").shape == (3, 64, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to view": the camera was held upright
+    gradient().save(here / "rotated.jpg", exif=exif)
+    upright = square_of(here / "rotated.jpg")
+    assert upright.mean((0, 2))[-1] - upright.mean((0, 2))[0] > 100  # now it runs from top to bottom
+    assert abs(upright.mean((0, 1))[-1] - upright.mean((0, 1))[0]) < 10
+    for side in (10_000, 14_000):  # 25 KB or less that would unpack to 100 or 196 million pixels: Pillow warns of the one and refuses the other
+        Image.new("1", (side, side)).save(here / "bomb.png")
+        with pytest.raises(ValueError, match="decompression bomb"):
+            cvae.load_image(here / "bomb.png", 64)
     picture = Image.new("RGB", (300, 200))
     picture.paste((255, 0, 0), (100, 50, 200, 150))  # a square in the middle stays one
-    square = cvae.centre_square(picture, 100)
-    red = square[0] > 127
-    assert red.any(0).sum() == red.any(1).sum() == 50
-    assert red.any(0).nonzero().float().mean() == pytest.approx(49.5)
+    red = cvae.centre_square(picture, 100)[0] > 127
+    assert red.any(0).sum() == red.any(1).sum() == 50 and red.any(0).nonzero().float().mean() == pytest.approx(49.5)
 
 
-def test_embeddings_agree_with_clips_own_preprocessing(world, monkeypatch):
+def test_embeddings_agree_with_clips_own_preprocessing(world, jpegs, clip_model, monkeypatch):
     import clip
     warnings.simplefilter("ignore")
     model, preprocess = clip.load(str(world / "clip.pt"), device="cpu")
-    paths = sorted((world / "coco/val2017").glob("*.jpg"))
-    _, _, ours = cvae.embed_photographs(cvae.load_clip(str(world / "clip.pt")), paths, torch.device("cpu"))
-    with torch.no_grad():
-        theirs = F.normalize(model.encode_image(torch.stack([preprocess(Image.open(p)) for p in paths])).float(), dim=1)
-    agreement = (ours @ theirs.T).diagonal()
-    confusion = (theirs @ theirs.T)[~torch.eye(len(paths), dtype=torch.bool)]
-    assert agreement.min() > 0.999  # the resampling differs by rounding only
-    assert agreement.min() > confusion.quantile(0.9)
     captions = ["a sheep", "two cows at night", "one cow " * 60]  # the last is cut, the first is mostly padding
+    _, _, ours = cvae.embed_photographs(clip_model, jpegs, CPU)
     with torch.no_grad():
-        theirs = F.normalize(model.encode_text(clip.tokenize(captions, truncate=True)).float(), dim=1)
-    torch.testing.assert_close(cvae.encode_texts(model, captions), theirs, atol=0.01, rtol=0)
+        theirs = F.normalize(model.encode_image(torch.stack([preprocess(Image.open(p)) for p in jpegs])).float(), dim=1)
+        texts = F.normalize(model.encode_text(clip.tokenize(captions, truncate=True)).float(), dim=1)
+    agreement, confusion = (ours @ theirs.T).diagonal(), (theirs @ theirs.T)[~torch.eye(len(jpegs), dtype=torch.bool)]
+    assert agreement.min() > 0.999 and agreement.min() > confusion.quantile(0.9)  # the resampling differs by rounding only
+    torch.testing.assert_close(cvae.encode_texts(model, captions), texts, atol=0.01, rtol=0)
     monkeypatch.setattr(cvae, "choose_precision", lambda device: torch.float32)
-    for caption, expected in zip(captions, theirs):  # one by one, each is cut at its own end
+    for caption, expected in zip(captions, texts):  # one by one, each is cut at its own end
         torch.testing.assert_close(cvae.encode_texts(model, [caption])[0], expected, atol=1e-5, rtol=0)
 
 
-def test_what_a_gpu_would_be_sent(world, here, monkeypatch):
-    """Here "CUDA" is the CPU. The batches are shared out among threads; one photograph at a time is the oracle."""
-    model, cpu = cvae.load_clip(str(world / "clip.pt")), torch.device("cpu")
-    paths = sorted((world / "coco/val2017").glob("*.jpg"))
+def test_photographs_keep_their_rows_whatever_the_batches_threads_bars_and_device(jpegs, clip_model, here, monkeypatch):
+    """One photograph at a time is the oracle. Without a bar (TQDM_DISABLE=1) they must be counted all the same; here "CUDA" is the CPU."""
     (here / "page.jpg").write_bytes(b"<html>not found</html>")
-    paths.insert(3, here / "page.jpg")
-    kept, pixels, embeddings = cvae.embed_photographs(model, paths, cpu, batch=1)
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
-    theirs = cvae.embed_photographs(model, paths, torch.device("cuda"), batch=4)
-    assert kept == theirs[0] == [i for i in range(25) if i != 3]
-    assert torch.equal(pixels, theirs[1])
-    torch.testing.assert_close(embeddings, theirs[2], atol=0.01, rtol=0)
+    paths = [*jpegs[:3], here / "page.jpg", *jpegs[3:]]
+    kept, pixels, embeddings = cvae.embed_photographs(clip_model, paths, CPU, batch=1)
+    assert kept == [i for i in range(25) if i != 3]
+    monkeypatch.setattr(cvae.tqdm, "__init__", functools.partialmethod(cvae.tqdm.__init__, disable=True))
+    for device in ("cpu", "cuda"):
+        if device == "cuda":
+            monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+        found = cvae.embed_photographs(clip_model, paths, torch.device(device), batch=4)
+        assert found[0] == kept and torch.equal(found[1], pixels)
+        torch.testing.assert_close(found[2], embeddings, atol=0.01, rtol=0)
 
 
-def test_photographs_are_counted_without_a_progress_bar(world, monkeypatch):
-    """TQDM_DISABLE=1: a bar that counts nothing must not give photographs the captions of others."""
-    monkeypatch.setattr(cvae, "tqdm", functools.partial(cvae.tqdm, disable=True))
-    paths = sorted((world / "coco/val2017").glob("*.jpg"))
-    kept, images, _ = cvae.embed_photographs(cvae.load_clip(str(world / "clip.pt")), paths, torch.device("cpu"), batch=5)
-    assert kept == list(range(len(paths))) and len(images) == len(paths)
-
-
-def test_embedding_stops_at_an_interruption_and_gives_the_threads_back(world, monkeypatch):
+def test_embedding_stops_at_an_interruption_and_gives_the_threads_back(jpegs, clip_model, monkeypatch):
     began = []
 
     def load_image(path, box):
@@ -398,129 +393,68 @@ def test_embedding_stops_at_an_interruption_and_gives_the_threads_back(world, mo
 
     def interrupted(*_):
         raise KeyboardInterrupt
-
     monkeypatch.setattr(cvae, "load_image", load_image)
     monkeypatch.setattr(cvae.tqdm, "update", interrupted)
-    paths = sorted((world / "coco/val2017").glob("*.jpg")) * 4
     with pytest.raises(KeyboardInterrupt):
-        cvae.embed_photographs(cvae.load_clip(str(world / "clip.pt")), paths, torch.device("cpu"), batch=1)
+        cvae.embed_photographs(clip_model, jpegs * 4, CPU, batch=1)
     assert len(began) < 50 and set(began) == {1} and torch.get_num_threads() == THREADS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("archive", ["state dict", "traced"])
 def test_a_full_size_clip_passes_through_clip_load(here, archive):
-    """ViT-B/32's shape with random weights, in both forms in which CLIPs are distributed."""
+    """ViT-B/32's shape with random weights, in both forms in which CLIPs are distributed; on real photographs where there are some."""
     from clip.model import CLIP
     torch.manual_seed(0)
     original = CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12).eval()
     if archive == "traced":
-        tokens = torch.randint(0, 49408, (2, 77))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            traced = torch.jit.trace(original, (torch.rand(2, 3, 224, 224), tokens))
-            traced.save("clip.pt")
+            torch.jit.trace(original, (torch.rand(2, 3, 224, 224), torch.randint(0, 49408, (2, 77)))).save("clip.pt")
     else:
-        torch.save({name: value.half() if value.is_floating_point() else value
-                    for name, value in original.state_dict().items()}, "clip.pt")
+        torch.save({name: value.half() if value.is_floating_point() else value for name, value in original.state_dict().items()}, "clip.pt")
     coco = SHARED if SHARED.exists() else make_coco(here / "coco")
-    cvae.main(["prepare", "--coco", str(coco), "--split", "val2017", "--words", "sheep", "horse", "--clip", "clip.pt"])
-    data = cvae.load_data(cvae.CONFIG["data"])
+    do(*prepare(coco, here, words=("sheep", "horse")))
+    data = prepared()
     assert data["image_embeddings"].shape[1:] == (512,) and data["caption_embeddings"].shape[1:] == (5, 512)
     assert torch.allclose(data["image_embeddings"].norm(dim=1), torch.ones(len(data["ids"])), atol=1e-5)
+    assert data["images"].float().std() > 40  # photographs, not grey
     photograph = cvae.load_image(coco / "val2017" / f"{int(data['ids'][0]):012}.jpg", 224)
     pixels = (cvae.centre_square(photograph, 224)[None] / 255 - cvae.CLIP_MEAN) / cvae.CLIP_STD
     with torch.no_grad():
-        expected = F.normalize(original.encode_image(pixels), dim=1)[0]
-    assert data["image_embeddings"][0] @ expected > 0.9999
+        assert data["image_embeddings"][0] @ F.normalize(original.encode_image(pixels), dim=1)[0] > 0.9999
 
 
-# ---------------------------------------------------------------------------------------------------
-# prepare, from a folder
-
+# ---- prepare, from a folder
 
 def test_prepare_writes_what_the_photographs_hold(world):
-    data = cvae.load_data(world / "data.pt")
+    data = prepared(world / "data.pt")
     annotations = json.loads((world / "coco/annotations/captions_val2017.json").read_text())["annotations"]
     assert data["images"].shape == (24, 3, 128, 128) and data["images"].dtype == torch.uint8
     for row in (0, 7, 23):
         with Image.open(world / f"coco/val2017/{int(data['ids'][row]):012}.jpg") as photograph:
             middle = photograph.crop((20, 0, 140, 120)).resize((128, 128), Image.BICUBIC)
-        difference = data["images"][row].permute(1, 2, 0).float() - torch.from_numpy(np.array(middle)).float()
-        assert difference.abs().mean() < 1
+        assert (data["images"][row].permute(1, 2, 0).float() - torch.from_numpy(np.array(middle)).float()).abs().mean() < 1
         assert data["captions"][row] == [a["caption"] for a in annotations if str(a["image_id"]) == data["ids"][row]]
     assert data["split"].bincount().tolist() == [21, 1, 2] and data["words"] == ["sheep", "cow", "horse"]
 
 
 def test_photographs_with_other_than_five_captions_and_missing_ones(here, world, capsys):
-    coco = make_coco(here / "coco", count=7)
-    path = coco / "annotations/captions_val2017.json"
-    content = json.loads(path.read_text())
-    texts = [f"sheep number {i}" for i in range(7)]
-    kept = [a for a in content["annotations"] if a["image_id"] not in (0, 1, 2)]
-    kept += [{"image_id": 0, "caption": "one sheep"}] + [{"image_id": 1, "caption": t} for t in texts]  # none for 2
-    path.write_text(json.dumps(content | {"annotations": kept}))
+    coco, texts = make_coco(here / "coco", count=7), [f"sheep number {i}" for i in range(7)]
+    with edited(coco / "annotations/captions_val2017.json") as content:
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in (0, 1, 2)]  # none for 2
+        content["annotations"] += [{"image_id": 0, "caption": "one sheep"}] + [{"image_id": 1, "caption": t} for t in texts]
     (coco / "val2017/000000000005.jpg").unlink()
     (coco / "val2017/000000000004.jpg").write_bytes(b"<html>not found</html>")
-    cvae.main(["prepare", "--coco", "coco", "--split", "val2017", "--words", "sheep", "cow", "horse",
-               "--clip", str(world / "clip.pt")])
+    do(*prepare("coco", world))
     said = capsys.readouterr().out
-    assert "6 photographs match" in said and "5 are in" in said and "1 are missing" in said
-    assert "skipped" in said and "000000000004.jpg" in said
-    data = cvae.load_data(cvae.CONFIG["data"])
-    assert data["ids"] == ["0", "1", "3", "6"]
-    assert data["captions"][0] == ["one sheep"] * 5 and data["captions"][1] == texts[:5]
+    assert all(words in said for words in ("6 photographs match", "5 are in", "1 are missing", "skipped", "000000000004.jpg"))
+    assert prepared()["ids"] == ["0", "1", "3", "6"] and prepared()["captions"][:2] == [["one sheep"] * 5, texts[:5]]
 
 
-@pytest.mark.slow
-@needs_shared
-def test_prepare_on_real_photographs(here, world):
-    done = cli("prepare", "--coco", SHARED, "--split", "val2017", "--theme", "nature", "--clip", world / "clip.pt", cwd=here)
-    assert done.returncode == 0, done.stderr
-    matching, used, missing = map(int, re.search(r"(\d+) photographs match.*; (\d+) are in .*, (\d+) are missing",
-                                                 done.stdout).groups())
-    assert used + missing == matching and 400 < used <= 446 and missing > 400
-    data = cvae.load_data(here / cvae.CONFIG["data"])
-    assert len(data["images"]) == used and data["split"].bincount().tolist()[1:] == [used // 20, used // 10]
-    assert data["images"].float().std() > 40  # photographs, not grey
+# ---- prepare, from a server that misbehaves
 
-
-@pytest.mark.parametrize("content, words", [
-    (None, "no captions file"), ("{", "not a COCO captions file"), ("[1, 2]", "not a COCO captions file"),
-    ('{"images": [{"id": 1}], "annotations": []}', "not a COCO captions file"),
-    ('{"images": 3, "annotations": []}', "not a COCO captions file"),
-    ('{"images": [], "annotations": []}', "No caption"), ('"text"', "not a COCO captions file")])
-def test_captions_files_that_are_none(here, world, content, words):
-    (here / "coco/annotations").mkdir(parents=True)
-    if content is not None:
-        (here / "coco/annotations/captions_val2017.json").write_text(content)
-    assert words in stops("prepare", "--coco", "coco", "--split", "val2017", "--clip", world / "clip.pt")
-
-
-def test_words_that_match_nothing(world, here):
-    said = stops("prepare", "--coco", world / "coco", "--split", "val2017", "--words", "zebra(.*", "--clip", world / "clip.pt")
-    assert "zebra(.*" in said
-
-
-@pytest.mark.parametrize("name", ["../escape.jpg", "/tmp/escape.jpg", "a\0b.jpg", "", "..", "a/../b.jpg", "a//b.jpg", "a/", "a\\b.jpg", "a/.", "C:b.jpg", "a/.. /b.jpg"])
-def test_file_names_that_try_to_leave_the_folder(here, world, name):
-    coco = make_coco(here / "coco", count=3)
-    path = coco / "annotations/captions_val2017.json"
-    content = json.loads(path.read_text())
-    content["images"][1]["file_name"] = name
-    path.write_text(json.dumps(content))
-    assert "not a plain file name" in stops("prepare", "--coco", "coco", "--split", "val2017", "--words", "sheep", "cow",
-                                            "horse", "--clip", world / "clip.pt")
-
-
-def test_a_clip_that_is_none(world, here):
-    (here / "weights.pt").write_bytes(b"not weights")
-    for name in ("ViT-B/99", "weights.pt"):
-        assert "--clip" in stops("prepare", "--coco", world / "coco", "--split", "val2017", "--words", "sheep", "--clip", name)
-
-
-# ---------------------------------------------------------------------------------------------------
-# prepare, from a server that misbehaves
+ARCHIVE = "annotations/annotations_trainval2017.zip"
 
 
 class Mirror:
@@ -549,32 +483,29 @@ class Mirror:
                 self.end_headers()
                 self.wfile.write(body[:len(body) // 2] if fault == "cut" else body)
 
-            def log_message(self, *_):
-                pass
+            log_message = lambda *_: None
 
-        class Server(http.server.ThreadingHTTPServer):
-            request_queue_size = 64  # sixteen connections at once are more than the usual five
-
-        self.server = Server(("127.0.0.1", 0), Handler)
+        # sixteen connections at once are more than the usual five
+        self.server = type("Server", (http.server.ThreadingHTTPServer,), {"request_queue_size": 64})(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def close(self):
-        self.release.set()
-        self.server.shutdown()
-        self.server.server_close()
+    def archive(self, **files):
+        with zipfile.ZipFile(self.root / ARCHIVE, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name if "." in name else f"annotations/{name}.json", text)
 
 
 @pytest.fixture
 def mirror(tmp_path_factory):
     """A mirror of COCO in its own layout, with an annotations archive and photographs of train2017."""
-    root = make_coco(tmp_path_factory.mktemp("server"), count=24, split="train2017", url=cvae.COCO_URL)
-    with zipfile.ZipFile(root / "annotations/annotations_trainval2017.zip", "w") as archive:
-        archive.write(root / "annotations/captions_train2017.json", "annotations/captions_train2017.json")
-        archive.writestr("../escaped.txt", "this must never be written")
-    mirror = Mirror(root)
+    mirror = Mirror(make_coco(tmp_path_factory.mktemp("server"), split="train2017", url=cvae.COCO_URL))
+    captions = (mirror.root / "annotations/captions_train2017.json").read_text()
+    mirror.archive(captions_train2017=captions, **{"../escaped.txt": "this must never be written"})
     yield mirror
-    mirror.close()
+    mirror.release.set()
+    mirror.server.shutdown()
+    mirror.server.server_close()
 
 
 @pytest.fixture
@@ -584,59 +515,49 @@ def hurry(monkeypatch):
     monkeypatch.setattr(cvae, "TIMEOUT", 1.5)
 
 
-def download(world, mirror):
-    return ["prepare", "--mirror", mirror.url, "--words", "sheep", "cow", "horse", "--clip", str(world / "clip.pt")]
+def download(world, mirror, *words):
+    return ["prepare", "--mirror", mirror.url, "--clip", world / "clip.pt", "--words", *(words or ("sheep", "cow", "horse"))]
 
 
 def photograph(number):
     return f"/train2017/{number:012}.jpg"
 
 
-def test_prepare_fetches_what_it_needs_and_nothing_twice(here, world, mirror, capsys):
-    mirror.faults["/annotations/annotations_trainval2017.zip"] = []
-    cvae.main(["prepare", "--mirror", mirror.url, "--words", "sheep", "--clip", str(world / "clip.pt")])
-    sheep = {int(p["id"]) for p in cvae.read_captions(mirror.root / "annotations/captions_train2017.json", ["sheep"])}
-    assert 0 < len(sheep) < 24
-    assert sorted(mirror.requests) == sorted(["/annotations/annotations_trainval2017.zip", *map(photograph, sheep)])
-    assert set(cvae.load_data(cvae.CONFIG["data"])["ids"]) == {str(number) for number in sheep}
-    cvae.main(download(world, mirror))  # now all animals: only the others are fetched
+def test_prepare_fetches_what_it_needs_and_nothing_twice(here, world, mirror):
+    do(*download(world, mirror, "sheep"))
+    annotations = json.loads((mirror.root / "annotations/captions_train2017.json").read_text())["annotations"]
+    sheep = {a["image_id"] for a in annotations if "sheep" in a["caption"]}
+    assert 0 < len(sheep) < 24 and sorted(mirror.requests) == sorted([f"/{ARCHIVE}", *map(photograph, sheep)])
+    assert set(prepared()["ids"]) == {str(number) for number in sheep}
+    do(*download(world, mirror))  # now all animals: only the others are fetched
     assert len(mirror.requests) == 1 + 24 and len(set(mirror.requests)) == 25
-    for number in range(24):
-        name = photograph(number).lstrip("/")
+    for name in (photograph(number).lstrip("/") for number in range(24)):
         assert (here / "data/coco" / name).read_bytes() == (mirror.root / name).read_bytes()
-    assert not list(here.rglob("*.part*")) and not list(here.parent.rglob("escaped.txt"))
-    assert not list(here.rglob("*.zip"))
+    assert not list(here.rglob("*.part*")) and not list(here.parent.rglob("escaped.txt")) and not list(here.rglob("*.zip"))
 
 
-def test_faults_that_pass_are_survived(here, world, mirror, hurry):
-    whole = (mirror.root / photograph(0).lstrip("/")).read_bytes()
-    mirror.faults = {"/annotations/annotations_trainval2017.zip": ["cut", 503, b"<html>busy</html>"],
-                     photograph(1): [500, 500], photograph(2): ["cut"], photograph(3): ["stall"],
-                     photograph(4): [b"<html>moved</html>"], photograph(5): [whole[:len(whole) // 2]],
-                     photograph(6): [jpeg(Image.new("RGB", (64, 64)))]}
-    began = time.perf_counter()
-    cvae.main(download(world, mirror))
-    assert len(cvae.load_data(cvae.CONFIG["data"])["ids"]) == 24
+def faults(mirror, times):
+    """Answers that are no photograph, or half of one, or another one, so many times."""
+    whole, other = (mirror.root / photograph(0).lstrip("/")).read_bytes(), io.BytesIO()
+    Image.new("RGB", (64, 64)).save(other, "JPEG")
+    some = [500], ["cut"], [b"<html>moved</html>"], [whole[:len(whole) // 2]], [other.getvalue()]
+    return {photograph(number): fault * times for number, fault in enumerate(some, 2)}
+
+
+def test_faults_that_stay_cost_only_their_photograph_and_faults_that_pass_are_survived(here, world, mirror, hurry, capsys):
+    mirror.faults = faults(mirror, 9) | {photograph(1): [404], photograph(7): ["stall"], f"/{ARCHIVE}": ["cut", 503, b"<html>busy</html>"]}
+    good, began = [0, *range(7, 24)], time.perf_counter()
+    do(*download(world, mirror))
     assert time.perf_counter() - began < 15  # the silent server was not waited for: it is silent for 20 seconds
-    assert mirror.requests.count(photograph(1)) == 3
-
-
-def test_faults_that_stay_cost_only_their_photograph(here, world, mirror, hurry, capsys):
-    whole = (mirror.root / photograph(0).lstrip("/")).read_bytes()
-    mirror.faults = {photograph(1): [404], photograph(2): [500] * 9, photograph(3): ["cut"] * 9,
-                     photograph(4): [b"<html>moved</html>"] * 9, photograph(5): [whole[:len(whole) // 2]] * 9,
-                     photograph(6): [jpeg(Image.new("RGB", (64, 64)))] * 9}
-    cvae.main(download(world, mirror))
     said = capsys.readouterr().out
-    assert said.count("skipped:") == 6 and "6 are missing" in said
+    assert said.count("skipped:") == 6 and "6 are missing" in said and prepared()["ids"] == list(map(str, good))
     assert mirror.requests.count(photograph(1)) == 1  # a 404 is not asked for again
-    assert cvae.load_data(cvae.CONFIG["data"])["ids"] == list(map(str, [0, *range(7, 24)]))
-    kept = sorted(p.name for p in (here / "data/coco/train2017").iterdir())
-    assert kept == [f"{number:012}.jpg" for number in (0, *range(7, 24))]
-    mirror.faults = {}
+    assert sorted(os.listdir("data/coco/train2017")) == [f"{number:012}.jpg" for number in good]
+    mirror.faults = faults(mirror, 2)
     mirror.requests.clear()
-    cvae.main(download(world, mirror))  # once the server is well, only the missing are fetched
-    assert sorted(mirror.requests) == [photograph(n) for n in range(1, 7)]
+    do(*download(world, mirror))  # once the server is better, only the missing are fetched
+    assert set(mirror.requests) == {photograph(n) for n in range(1, 7)} and mirror.requests.count(photograph(2)) == 3
+    assert len(prepared()["ids"]) == 24
 
 
 def test_too_many_faults_are_a_failure_and_keep_what_arrived(here, world, mirror, hurry):
@@ -647,18 +568,9 @@ def test_too_many_faults_are_a_failure_and_keep_what_arrived(here, world, mirror
 
 @pytest.mark.slow
 def test_unreachable_coco_is_one_sentence_within_seconds(here, world):
-    began = time.perf_counter()
-    done = cli("prepare", "--mirror", "http://127.0.0.1:9", "--clip", world / "clip.pt", cwd=here)
-    assert done.returncode == 1 and time.perf_counter() - began < 30
-    assert "127.0.0.1:9" in done.stderr and "--coco" in done.stderr and "demo" in done.stderr
-    assert "Traceback" not in done.stderr and not list(here.rglob("*.zip"))
-
-
-def test_a_zip_without_the_captions(here, world, mirror):
-    with zipfile.ZipFile(mirror.root / "annotations/annotations_trainval2017.zip", "w") as archive:
-        archive.writestr("readme.txt", "nothing here")
-    assert "captions_train2017.json" in stops(*download(world, mirror))
-    assert not list((here / "data").rglob("*.json"))
+    began, done = time.perf_counter(), start("prepare", "--mirror", "http://127.0.0.1:9", "--clip", world / "clip.pt")
+    assert done.returncode == 1 and time.perf_counter() - began < 30 and "Traceback" not in done.stderr
+    assert all(words in done.stderr for words in ("127.0.0.1:9", "--coco", "demo")) and not list(here.rglob("*.zip"))
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/a.jpg", "data:,x", "/etc/passwd"])
@@ -666,19 +578,23 @@ def test_addresses_that_are_not_http_are_not_opened(here, world, mirror, url):
     assert "not an http or https address" in stops("prepare", "--mirror", url, "--words", "sheep", "--clip", world / "clip.pt")
     assert not list(here.rglob("*.*"))
     path = mirror.root / "annotations/captions_train2017.json"  # an address in the annotations is not even read
-    content = json.loads(path.read_text())
-    for record in content["images"]:
-        record["coco_url"] = url
-    path.write_text(json.dumps(content))
-    with zipfile.ZipFile(mirror.root / "annotations/annotations_trainval2017.zip", "w") as archive:
-        archive.write(path, "annotations/captions_train2017.json")
-    cvae.main(download(world, mirror))
-    assert len(cvae.load_data(cvae.CONFIG["data"])["ids"]) == 24 and len(mirror.requests) == 25
+    with edited(path) as content:
+        content["images"] = [record | {"coco_url": url} for record in content["images"]]
+    mirror.archive(captions_train2017=path.read_text())
+    do(*download(world, mirror))
+    assert len(prepared()["ids"]) == 24 and len(mirror.requests) == 25
 
 
-def test_threads_do_not_wait_for_tqdm(here, world, mirror):
+def test_an_archive_without_the_captions_and_one_that_another_prepare_took_out_first(here, world, mirror, monkeypatch):
+    mirror.archive(**{"readme.txt": "nothing here"})
+    assert "captions_train2017.json" in stops(*download(world, mirror)) and not list((here / "data").rglob("*.json"))
+    monkeypatch.setattr(cvae, "fetch", lambda *_, **__: captions_file(here, [], [], "train2017"))  # meanwhile the other one has removed it
+    cvae.fetch_annotations(here / "annotations/captions_train2017.json", "http://127.0.0.1:9")
+    assert (here / "annotations/captions_train2017.json").exists()
+
+
+def test_threads_do_not_wait_for_tqdm(here, clip_model, mirror):
     """Ctrl-C can leave tqdm's lock with the main thread for ever; the threads that fetch and embed must come to their end without it."""
-    clip_model = cvae.load_clip(str(world / "clip.pt"))
     with cvae.ThreadPoolExecutor(2) as pool, cvae.tqdm.get_lock():
         fetched = pool.submit(cvae.fetch, f"{mirror.url}{photograph(3)}", here / "one.jpg", lambda path: None)
         embedded = pool.submit(cvae.encode_images, clip_model, torch.zeros(32, 3, 64, 64, dtype=torch.uint8))
@@ -687,54 +603,23 @@ def test_threads_do_not_wait_for_tqdm(here, world, mirror):
 
 
 @pytest.mark.slow
-def test_control_c_during_the_download_then_the_same_command(here, world, mirror):
+def test_control_c_during_the_download_then_the_same_command_twice_at_once(here, world, mirror):
     mirror.faults = {photograph(n): ["stall"] * 9 for n in range(8, 24)}
-    process = subprocess.Popen([sys.executable, str(HERE / "cvae.py"), *download(world, mirror)], cwd=here,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               # a shell that starts the tests in the background makes them deaf to Ctrl-C
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    # a shell that starts the tests in the background makes them deaf to Ctrl-C
+    process = start(*download(world, mirror), run=subprocess.Popen, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     folder = here / "data/coco/train2017"
     wait_for(lambda: folder.exists() and len(list(folder.glob("0*.jpg"))) >= 8)
     process.send_signal(signal.SIGINT)
     mirror.release.set()
     mirror.faults = {}
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in said and "same command" in said
-    assert not list(folder.glob(".*"))
-    arrived = set(folder.iterdir())
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Traceback" not in said and "same command" in said and not list(folder.glob(".*"))
+    arrived = {f"/train2017/{path.name}" for path in folder.iterdir()}
     mirror.requests.clear()
-    cvae.main(download(world, mirror))
-    assert len(mirror.requests) == 24 - len(arrived)
-    assert len(cvae.load_data(cvae.CONFIG["data"])["ids"]) == 24
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_two_prepares_at_once(here, world, mirror):
-    both = [subprocess.Popen([sys.executable, str(HERE / "cvae.py"), *download(world, mirror)], cwd=here,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    both = [start(*download(world, mirror), run=subprocess.Popen, stderr=subprocess.STDOUT) for _ in range(2)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert len(cvae.load_data(here / cvae.CONFIG["data"])["ids"]) == 24
-    assert not list(here.rglob(".*part*"))
-
-
-def test_another_prepare_may_take_the_captions_out_first(here, monkeypatch):
-    captions = here / "annotations/captions_train2017.json"
-
-    def fetch(*_, **__):  # by the time that our archive has arrived, the other one has finished and removed it
-        captions.parent.mkdir()
-        captions.write_text("{}")
-
-    monkeypatch.setattr(cvae, "fetch", fetch)
-    cvae.fetch_annotations(captions, "http://127.0.0.1:9")
-    assert captions.read_text() == "{}"
+    assert not arrived & set(mirror.requests) and len(prepared()["ids"]) == 24 and not list(here.rglob(".*part*"))
 
 
 def test_a_disk_that_fills_during_the_download(here, world, mirror, monkeypatch, hurry):
@@ -746,61 +631,38 @@ def test_a_disk_that_fills_during_the_download(here, world, mirror, monkeypatch,
             if len(written) > 5:
                 raise OSError(28, "No space left on device", str(path))
         return real_open(path, mode, *rest, **options)
-
     monkeypatch.setattr("builtins.open", small_disk)
-    assert "disk is full" in stops(*download(world, mirror))
-    assert 0 < len(list((here / "data/coco/train2017").glob("0*.jpg"))) <= 5
+    assert "disk is full" in stops(*download(world, mirror)) and 0 < len(list((here / "data/coco/train2017").glob("0*.jpg"))) <= 5
     assert not (here / cvae.CONFIG["data"]).exists()
 
 
-# ---------------------------------------------------------------------------------------------------
-# The small mathematics of sampling and evaluation
+# ---- The small mathematics of sampling and evaluation
 
-
-def test_slerp_walks_the_arc_at_constant_speed():
-    a, b = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
-    walk = cvae.slerp(a, b, 4)
-    angles = torch.tensor([0, 30, 60, 90]).deg2rad()
-    torch.testing.assert_close(walk, torch.stack([angles.cos(), angles.sin(), 0 * angles], 1))
+def test_slerp_diversity_cmmd_the_nearest_and_hits_of_known_cases():
+    a, b, angles = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0]), torch.tensor([0, 30, 60, 90]).deg2rad()
+    torch.testing.assert_close(cvae.slerp(a, b, 4), torch.stack([angles.cos(), angles.sin(), 0 * angles], 1))
     assert cvae.slerp(a, a, 3).isfinite().all()
-
-
-def test_diversity_and_cmmd_of_known_cases():
     a = F.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1]]), dim=1)
     pairs = [1 - float(a[i] @ a[j]) for i, j in itertools.combinations(range(3), 2)]
     assert cvae.diversity(a, torch.tensor([0, 1, 2])) == pytest.approx(np.mean(pairs), abs=1e-6)  # no caption is shared
-    assert cvae.diversity(a, torch.tensor([0, 1, 0])) == pytest.approx(pairs[1], abs=1e-6)
-    assert cvae.cmmd(a, a) == pytest.approx(0, abs=1e-9)
-    # two points at distance d: 1000 · (2 - 2 exp(-d² / 200))
-    assert cvae.cmmd(a[:1], a[1:2]) == pytest.approx(1000 * (2 - 2 * np.exp(-2 / 200)), rel=1e-6)
-
-
-def test_caption_match_counts_hits():
-    texts = torch.eye(4)
-    images = F.normalize(torch.tensor([[1, 0.2, 0, 0], [0.2, 1, 0, 0], [0, 1, 0.1, 0]]), dim=1)
-    figures = cvae.caption_match(images, torch.tensor([0, 1, 2]), texts)
-    assert figures["R-precision"] == pytest.approx(2 / 3)
-    expected = [1 / np.hypot(1, 0.2), 1 / np.hypot(1, 0.2), 0.1 / np.hypot(1, 0.1)]
-    assert figures["CLIP score"] == pytest.approx(100 * np.mean(expected), rel=1e-5)
-    # a caption that two of three pictures have counts as much as the other one: (one half of 0 + 1 right) / 2
-    twice = cvae.caption_match(images[[0, 0, 1]], torch.tensor([0, 2, 1]), texts), cvae.caption_match(images[[0, 2, 1]], torch.tensor([0, 0, 1]), texts)
-    assert [figures["R-precision"] for figures in twice] == pytest.approx([2 / 3, 3 / 4])
-
-
-def test_nearest_agrees_with_a_loop():
-    torch.manual_seed(0)
-    a, b = F.normalize(torch.randn(7, 5), dim=1), F.normalize(torch.randn(9, 5), dim=1)
-    distance, which = cvae.nearest_neighbour(a, b)
-    for i in range(7):
+    assert cvae.diversity(a, torch.tensor([0, 1, 0])) == pytest.approx(pairs[1], abs=1e-6) and cvae.cmmd(a, a) == pytest.approx(0, abs=1e-9)
+    assert cvae.cmmd(a[:1], a[1:2]) == pytest.approx(1000 * (2 - 2 * np.exp(-2 / 200)), rel=1e-6)  # at distance d: 1000 · (2 - 2 exp(-d² / 200))
+    a, b = (F.normalize(torch.randn(n, 5, generator=torch.Generator().manual_seed(n)), dim=1) for n in (7, 9))
+    for i, (distance, which) in enumerate(zip(*cvae.nearest_neighbour(a, b))):
         loop = [1 - float(a[i] @ b[j]) for j in range(9)]
-        assert distance[i].item() == pytest.approx(min(loop), abs=1e-6) and which[i] == np.argmin(loop)
+        assert distance.item() == pytest.approx(min(loop), abs=1e-6) and which == np.argmin(loop)
+    texts, images = torch.eye(4), F.normalize(torch.tensor([[1, 0.2, 0, 0], [0.2, 1, 0, 0], [0, 1, 0.1, 0]]), dim=1)
+    expected = [1 / np.hypot(1, 0.2), 1 / np.hypot(1, 0.2), 0.1 / np.hypot(1, 0.1)]
+    assert cvae.caption_match(images, torch.tensor([0, 1, 2]), texts)["CLIP score"] == pytest.approx(100 * np.mean(expected), rel=1e-5)
+    # a caption that two of three pictures have counts as much as the other one: (one half of 0 + 1 right) / 2
+    for rows, own, expected in (([0, 1, 2], [0, 1, 2], 2 / 3), ([0, 0, 1], [0, 2, 1], 2 / 3), ([0, 2, 1], [0, 0, 1], 3 / 4)):
+        assert cvae.caption_match(images[rows], torch.tensor(own), texts)["R-precision"] == pytest.approx(expected)
 
 
-def test_file_names_of_any_prompt_are_safe(here):
+def test_file_names_of_any_prompt_are_safe_and_keep_the_letters_of_every_script(here, monkeypatch):
     dice, seen = random.Random(0), set()
     labels = ["../../etc/passwd", "x" * 300, "", "...", "🐑🐑", "con", "COM¹", "a\0b", "C:\\windows", "-rf", "a/b", "A B", "a b", "羊" * 99]
-    labels += ["".join(chr(dice.choice([dice.randrange(1, 128), dice.randrange(1, 0x2FFF)])) for _ in range(dice.randint(0, 80)))
-               for _ in range(200)]
+    labels += ["".join(chr(dice.choice([dice.randrange(1, 128), dice.randrange(1, 0x2FFF)])) for _ in range(dice.randint(0, 80))) for _ in range(200)]
     (here / "out").mkdir()
     for label in labels:
         path = cvae.sample_path(here / "out", label)
@@ -809,127 +671,67 @@ def test_file_names_of_any_prompt_are_safe(here):
         assert path.stem.lower() not in ("con", "com1") and path not in seen
         path.touch()
         seen.add(path)
+    for prompt, name in {"Овца на холме": "овца-на-холме", "山上的羊": "山上的羊", "خروف": "خروف", "पहाड़ी पर भेड़": "पहाड़ी-पर-भेड़",
+                         "Schäfchen!": "schäfchen"}.items():
+        assert cvae.sample_path(here, prompt).stem == unicodedata.normalize("NFKC", name)
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")  # names hold what the file system can
+    assert cvae.sample_path(here, "é sheep").name == "sheep.png" and cvae.sample_path(here, "山").name == "sample.png"
 
 
-@pytest.mark.parametrize("prompt, name", [("Овца на холме", "овца-на-холме"), ("山上的羊", "山上的羊"), ("خروف", "خروف"),
-                                          ("पहाड़ी पर भेड़", "पहाड़ी-पर-भेड़"), ("Schäfchen!", "schäfchen")])
-def test_prompts_of_every_script_keep_their_letters(here, prompt, name):
-    assert cvae.sample_path(here, prompt).stem == unicodedata.normalize("NFKC", name)
+# ---- The model
 
-
-# ---------------------------------------------------------------------------------------------------
-# The model
-
-
-class ReportVAE(cvae.VAE):
-    """The report's network, layer by layer, to measure against: it takes the place of cvae.VAE."""
-
-    def __init__(self, size, condition_dim, latents="flat", dropout=0.3):
-        nn.Module.__init__(self)
-        self.shape = (cvae.LATENT_DIM, 1, 1)
-        self.register_buffer("variance", torch.tensor(1 / 12))
-        self.condition = cvae.Condition(condition_dim, 32)  # the report's shrinking layer
-
-        def layer(conv):
-            return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.LeakyReLU())
-
-        plan = [(256, 3, 2), (256, 5, 2), (128, 5, 2), (128, 3, 1), (32, 5, 1 if size == 64 else 2)]
-        self.encoder = nn.Sequential(*[
-            layer(nn.Conv2d(above, width, kernel, stride=2, padding=kernel // 2))
-            for above, width, kernel in [(3, 256, 3), (256, 256, 5), (256, 128, 3), (128, 128, 3)]])
-        self.dense = nn.Sequential(nn.Linear(128 * (size // 16) ** 2 + condition_dim, 2048), nn.LeakyReLU(),
-                                   nn.Linear(2048, 2048), nn.LeakyReLU(), nn.Linear(2048, 1024), nn.LeakyReLU())
-        self.to_moments = nn.Linear(1024, 2 * cvae.LATENT_DIM)
-        self.dropout = nn.Dropout(dropout)
-        self.to_grid = nn.Linear(cvae.LATENT_DIM + 32, 256 * 8 * 8)
-        self.decoder = nn.Sequential(*[
-            layer(nn.ConvTranspose2d(above, width, kernel, stride, kernel // 2, output_padding=stride - 1))
-            for above, (width, kernel, stride) in zip([256] + [width for width, _, _ in plan], plan)])
-        self.to_pixels = nn.Conv2d(32, 3, 5, padding=2)
-
-    def encode(self, x, embedding, kind):
-        h = torch.cat([self.encoder(x).flatten(1), embedding], dim=1)
-        mu, logvar = self.to_moments(self.dense(h))[:, :, None, None].chunk(2, dim=1)
-        return mu, logvar.clamp(-10, 10)
-
-    def decode(self, z, embedding, kind):
-        h = torch.cat([self.dropout(z)[:, :, 0, 0], self.condition(embedding, kind)], dim=1)
-        return torch.sigmoid(self.to_pixels(self.decoder(self.to_grid(h).view(-1, 256, 8, 8))).float())
-
-
-@pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("network, shape", [("grid", {64: (12, 8, 8), 128: (12, 16, 16)}), ("flat", {64: (128, 1, 1), 128: (128, 1, 1)}),
-                                            ("report", {64: (128, 1, 1), 128: (128, 1, 1)})])
-def test_shapes(size, network, shape):
-    model = ReportVAE(size, 12) if network == "report" else cvae.VAE(size, 12, network)
-    x, c, kind = torch.rand(2, 3, size, size), torch.randn(2, 12), torch.tensor([0, 1])
+@pytest.mark.parametrize("size, latents, shape", [(64, "grid", (12, 8, 8)), (128, "grid", (12, 16, 16)), (64, "flat", (128, 1, 1)),
+                                                  (128, "flat", (128, 1, 1))])
+def test_shapes_and_where_dropout_acts(size, latents, shape):
+    model, x, c, kind = cvae.VAE(size, 12, latents, dropout=0.5), torch.rand(2, 3, size, size), torch.randn(2, 12), torch.tensor([0, 1])
     picture, kl = model(x, c, kind)
-    assert picture.shape == (2, 3, size, size) and kl.shape == (2,)
-    assert picture.min() >= 0 and picture.max() <= 1 and (kl >= 0).all()
-    assert model.shape == shape[size] and model.encode(x, c, kind)[0].shape == (2, *shape[size])
-    flow = cvae.Flow(model.shape, 12, 64)
-    assert flow(torch.randn(2, *model.shape), torch.rand(2), c, kind).shape == (2, *model.shape)
-    assert cvae.make_critic()(x).shape == (2, 1, size // 8, size // 8)
-
-
-def test_the_reports_network_has_its_size():
-    model = ReportVAE(64, 512)
-    assert 19e6 < sum(p.numel() for p in model.parameters()) < 32e6  # "about 32 million" at 128 pixels
-    model = ReportVAE(128, 512)
-    assert 29e6 < sum(p.numel() for p in model.parameters()) < 35e6
+    assert picture.shape == x.shape and kl.shape == (2,) and picture.min() >= 0 and picture.max() <= 1 and (kl >= 0).all()
+    assert model.shape == shape and model.encode(x, c, kind)[0].shape == (2, *shape)
+    z = torch.randn(2, *shape)
+    assert cvae.Flow(shape, 12, 64)(z, torch.rand(2), c, kind).shape == z.shape and cvae.make_critic()(x).shape == (2, 1, size // 8, size // 8)
+    assert not torch.equal(model.train().decode(z, c, kind), model.decode(z, c, kind))
+    assert torch.equal(model.eval().decode(z, c, kind), model.decode(z, c, kind))
 
 
 def test_the_condition_is_standardised_and_knows_its_kind():
     torch.manual_seed(0)
     data = {"image_embeddings": torch.randn(50, 4) + 5, "caption_embeddings": 3 * torch.randn(50, 5, 4) - 2}
-    condition = cvae.Condition(4, 8)
-    rows = torch.arange(10, 50)
+    condition, rows = cvae.Condition(4, 8), torch.arange(10, 50)
     condition.learn_statistics(data, rows)
     nn.init.normal_(condition.modality.weight)
-    images = data["image_embeddings"][rows].numpy().astype(np.float64)
-    captions = data["caption_embeddings"][rows].reshape(-1, 4).numpy().astype(np.float64)
-    for kind, some in ((cvae.IMAGE, images), (cvae.TEXT, captions)):
-        plain = (some - some.mean(0)) / some.std(0, ddof=1)
-        expected = plain @ condition.project.weight.detach().double().numpy().T + (condition.project.bias + condition.modality.weight[kind]).detach().numpy()
-        ours = condition(torch.from_numpy(some).float(), torch.full((len(some),), kind))
-        np.testing.assert_allclose(ours.detach(), expected, atol=1e-4)
+    weight, bias, modality = (p.detach().double().numpy() for p in (condition.project.weight, condition.project.bias, condition.modality.weight))
+    for kind, name in ((cvae.IMAGE, "image_embeddings"), (cvae.TEXT, "caption_embeddings")):
+        some = data[name][rows].reshape(-1, 4)
+        plain = (some.double().numpy() - some.double().numpy().mean(0)) / some.double().numpy().std(0, ddof=1)
+        ours = condition(some, torch.full((len(some),), kind))
+        np.testing.assert_allclose(ours.detach(), plain @ weight.T + bias + modality[kind], atol=1e-4)
     nothing = condition(torch.randn(3, 4), torch.full((3,), cvae.NULL))
     assert torch.equal(nothing, condition.modality.weight[cvae.NULL].expand(3, -1))  # whatever the embedding says
 
 
 @pytest.mark.slow
-def test_size_dropout_latents_prior_and_objective_change_what_they_name(world, run_folder, here):
-    shutil.copytree(run_folder, "plain")
-    for name, options in (("drop", ["--dropout"]), ("flat", ["--latents", "flat"]), ("normal", ["--prior", "normal"]),
-                          ("original", ["--objective", "original"]), ("big", ["--size", 128]), ("flip", ["--no-flip"])):
-        epochs = ["--epochs", 1] if name == "normal" else ["--epochs", 1, "--prior-epochs", 1, "--prior-width", 64, "--decoder-epochs", 0]
-        cvae.main(["train", "--data", str(world / "data.pt"), "--run", name, "--batch", "8", *map(str, [*epochs, *options])])
-    stored = {run: torch.load(f"{run}/best.pt", weights_only=True) for run in ("plain", "drop", "flat", "normal", "original", "big", "flip")}
-    assert [stored[run]["config"]["dropout"] for run in ("plain", "drop")] == [0.0, 0.3]
-    for run in ("drop", "flat", "original", "flip"):  # same seed, same photographs: only what was named differs
-        a, b = stored["normal"]["vae"]["encoder.0.weight"], stored[run]["vae"]["encoder.0.weight"]
-        assert not torch.equal(a, b)
-    assert stored["normal"]["prior"] is None and stored["plain"]["prior"] is not None
-    data = cvae.load_data(world / "data.pt")
-    learned = data["split"] == cvae.TRAIN
-    for part in ("vae", "prior"):
-        mean = stored["plain"][part]["condition.mean"]
-        torch.testing.assert_close(mean[0], data["image_embeddings"][learned].mean(0))
-        torch.testing.assert_close(mean[1], data["caption_embeddings"][learned].mean((0, 1)))
-    for run, shape in (("plain", (2, 3, 64, 64)), ("flat", (2, 3, 64, 64)), ("normal", (2, 3, 64, 64)), ("big", (2, 3, 128, 128))):
-        models, _ = cvae.load_models(f"{run}/best.pt", torch.device("cpu"))
-        noise = torch.randn(2, *models["vae"].shape)
-        assert cvae.generate(models, data["image_embeddings"][:2], cvae.IMAGE, noise).shape == shape
+def test_options_of_train_change_what_they_name(world, here):
+    best = {}
+    for run in ("plain", "--dropout", "--latents flat", "--objective original", "--no-flip", "--size 128"):
+        some = [] if run == "plain" else run.split()
+        do(*training(world, run, "--prior", "normal", "--decoder-epochs", 0, "--epochs", 1, *some))
+        best[run] = stored(f"{run}/best.pt")["vae"]
+        models = cvae.load_models(f"{run}/best.pt", CPU)[0]
+        pictures = cvae.generate(models, torch.randn(2, 16), cvae.IMAGE, torch.randn(2, *models["vae"].shape))
+        assert pictures.shape == (2, 3, 128, 128) if "128" in run else pictures.shape == (2, 3, 64, 64)
+        assert run == "plain" or not equal(best["plain"], best[run])  # same seed, same photographs: only what was named differs
 
 
-def test_dropout_acts_on_z_in_training_only():
-    torch.manual_seed(0)
-    model = cvae.VAE(64, 4, dropout=0.5)
-    z, c, kind = torch.randn(1, *model.shape), torch.randn(1, 4), torch.tensor([1])
-    model.train()
-    assert not torch.equal(model.decode(z, c, kind), model.decode(z, c, kind))
-    model.eval()
-    assert torch.equal(model.decode(z, c, kind), model.decode(z, c, kind))
+def descend(parameters, steps, loss, rate=2e-3):
+    """Plain AdamW on loss(number of the step); returns the losses."""
+    optimizer, losses = torch.optim.AdamW(parameters, lr=rate), []
+    for step in range(steps):
+        value = loss(step)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
 
 
 @pytest.mark.parametrize("latents", ["grid", pytest.param("flat", marks=pytest.mark.slow)])
@@ -937,100 +739,28 @@ def test_a_model_overfits_one_batch(latents):
     torch.manual_seed(0)
     x = torch.stack([cvae.centre_square(cvae.draw_pasture(cvae.random_scene(random.Random(i)), i), 64) for i in range(4)]) / 255
     model, c, kind = cvae.VAE(64, 4, latents), torch.eye(4), torch.zeros(4, dtype=torch.long)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    losses = []
-    for _ in range(70):
-        loss = cvae.elbo_loss(model(x, c, kind)[0], x, torch.zeros(4))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = descend(model.parameters(), 70, lambda step: cvae.elbo_loss(model(x, c, kind)[0], x, torch.zeros(4)))
     assert losses[-1] < losses[0] - (2.2 if latents == "grid" else 1.2)
-    picture = model.eval()(x, c, kind)[0]
-    assert -10 * torch.log10(F.mse_loss(picture, x)) > 18
+    assert -10 * torch.log10(F.mse_loss(model.eval()(x, c, kind)[0], x)) > 18
 
 
-def test_the_rate_rises_stays_and_falls():
+def test_the_rate_rises_stays_and_falls_and_the_running_mean_is_that_of_a_loop():
     rates = [cvae.learning_rate(step, 1000, 2.0) for step in (0, 24, 49, 300, 500, 750, 999)]
     assert rates == pytest.approx([2 / 50, 1, 2, 2, 2, 1, 2 / 500])
     assert 0 < cvae.learning_rate(0, 1, 2.0) <= 2  # a run of one step
-
-
-def test_the_running_mean_is_that_of_a_loop():
     torch.manual_seed(0)
-    network, mean = nn.Linear(3, 2), nn.Linear(3, 2)
-    mean.load_state_dict(network.state_dict())
-    expected = network.weight.detach().numpy().copy()
+    network = nn.Linear(3, 2)
+    mean, expected = deepcopy(network), network.weight.detach().numpy().copy()
     for step in range(1, 2000):
         with torch.no_grad():
             network.weight.normal_()
         cvae.update_ema(mean, network, step)
-        rate = max(0.001, 9 / (step + 9))
-        expected += rate * (network.weight.detach().numpy() - expected)
+        expected += max(0.001, 9 / (step + 9)) * (network.weight.detach().numpy() - expected)
     np.testing.assert_allclose(mean.weight.detach(), expected, atol=1e-4)
     assert abs(expected).max() < 0.3  # a mean of many, not the last
 
 
-def test_the_fast_path_agrees_with_plain_float32(world):
-    """Six steps as train does them against the same steps in the most ordinary PyTorch."""
-    data = cvae.load_data(world / "data.pt")
-    device = torch.device("cpu")
-    images = cvae.pool_images(data["images"], 64)
-    dtype = cvae.choose_precision(device)
-
-    def run(fast):
-        torch.manual_seed(0)
-        model = cvae.VAE(64, 16).to(memory_format=torch.channels_last if fast else torch.contiguous_format)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-        losses = []
-        for step in range(6):
-            index, kind = torch.arange(8) + step, torch.zeros(8, dtype=torch.long)
-            torch.manual_seed(step)
-            if fast:
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                    picture, kl = model(cvae.get_images(images, index, device), data["image_embeddings"][index], kind)
-            else:
-                picture, kl = model(data["images"][index].float().unflatten(2, (64, 2)).unflatten(4, (64, 2)).mean((3, 5))
-                                    .round() / 255, data["image_embeddings"][index], kind)
-            loss = cvae.elbo_loss(picture, cvae.get_images(images, index, device), kl)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    np.testing.assert_allclose(run(True), run(False), rtol=2e-3)
-
-
-def saved_bytes(work):
-    """What `work` keeps for its backward pass, counted; views of one tensor count once."""
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        work()
-    return sum(saved.values())
-
-
-@pytest.mark.slow
-def test_the_default_batch_at_128_pixels_fits_a_small_card():
-    """What a step keeps, counted: the tensors saved for the backward pass, weights, gradients, Adam's two means, the running mean."""
-    vae, flow, c = cvae.VAE(128, 512), cvae.Flow((8, 16, 16), 512, cvae.CONFIG["prior_width"]), torch.randn(64, 512)
-    batch, kind = cvae.CONFIG["batch"], torch.zeros(64, dtype=torch.long)
-    kept = max(saved_bytes(lambda: vae(torch.rand(batch, 3, 128, 128), c[:batch], kind[:batch])),
-               saved_bytes(lambda: cvae.flow_loss(flow, torch.randn(64, 8, 16, 16), c, kind)))
-    parameters = sum(p.numel() for network in (vae, flow) for p in network.parameters())
-    pictures = 20_000 * 3 * 128**2  # the whole nature theme as bytes
-    codes = 20_000 * 2 * 2 * 8 * 16**2 * 4  # mu and sigma of each and of its mirror image
-    assert 1e8 < kept + 20 * parameters + pictures + codes < 4e9  # half of 8 GB: room for what is passing
-
-
-# ---------------------------------------------------------------------------------------------------
-# The prior
-
+# ---- The prior
 
 def test_the_flow_regresses_on_the_velocity_of_the_straight_line():
     """With a network that is told the latent z itself, the loss must be what the formula says."""
@@ -1038,16 +768,15 @@ def test_the_flow_regresses_on_the_velocity_of_the_straight_line():
 
     class Oracle(nn.Module):
         def forward(self, z_t, t, embedding, modality):
-            seen.update(z_t=z_t, t=t, modality=modality)
+            seen.update(t=t.double(), modality=modality)
             noise = (z_t - (1 - t.view(-1, 1, 1, 1)) * z) / t.view(-1, 1, 1, 1)
             return noise - z + 0.5  # the true velocity, and an error
 
     torch.manual_seed(0)
     z, modality = torch.randn(4000, 2, 1, 1).double(), torch.ones(4000, dtype=torch.long)
     assert cvae.flow_loss(Oracle(), z, None, modality).item() == pytest.approx(0.25, abs=1e-3)
-    logit = torch.logit(seen["t"].double())
+    logit, dropped = torch.logit(seen["t"]), (seen["modality"] == cvae.NULL).double().mean()
     assert logit.mean().abs() < 0.06 and (logit.std() - 1).abs() < 0.06  # logit-normal times
-    dropped = (seen["modality"] == cvae.NULL).double().mean()
     assert 0.08 < dropped < 0.12 and set(seen["modality"].tolist()) == {cvae.TEXT, cvae.NULL}
 
 
@@ -1066,30 +795,27 @@ class Gauss(nn.Module):
 def test_following_the_flow_draws_from_the_right_distribution():
     torch.manual_seed(0)
     noise, kind = torch.randn(4000, 1, 1, 1), torch.ones(4000, dtype=torch.long)
-    trajectory = cvae.sample_flow(Gauss(), noise, torch.full((4000, 1), 2.0), kind, guidance=1, steps=400)
+
+    def follow(guidance, steps, kind=kind):
+        return cvae.sample_flow(Gauss(), noise, torch.full((4000, 1), 2.0), kind, guidance=guidance, steps=steps)
+    trajectory = follow(1, 400)
     assert len(trajectory) == 401 and torch.equal(trajectory[0], noise)
     assert trajectory[-1].mean().item() == pytest.approx(2.0, abs=0.03) and trajectory[-1].std().item() == pytest.approx(0.3, abs=0.02)
-    few = cvae.sample_flow(Gauss(), noise, torch.full((4000, 1), 2.0), kind, guidance=1, steps=cvae.STEPS)[-1]
-    assert few.std().item() == pytest.approx(0.3, abs=0.015)  # straight steps lose a tenth of the spread
-    # guidance g goes g times as far from what is drawn without a condition
-    guided = cvae.sample_flow(Gauss(), noise, torch.full((4000, 1), 2.0), kind, guidance=3, steps=400)[-1]
-    assert guided.mean().item() == pytest.approx(6.0, abs=0.1)
-    nothing = torch.full_like(kind, cvae.NULL)
-    assert cvae.sample_flow(Gauss(), noise, torch.full((4000, 1), 2.0), nothing, 1, 400)[-1].mean().abs() < 0.03
+    assert follow(1, cvae.STEPS)[-1].std().item() == pytest.approx(0.3, abs=0.015)  # straight steps lose a tenth of the spread
+    assert follow(3, 400)[-1].mean().item() == pytest.approx(6.0, abs=0.1)  # guidance g goes g times as far from what is drawn without a condition
+    assert follow(1, 400, torch.full_like(kind, cvae.NULL))[-1].mean().abs() < 0.03
 
 
 def test_a_flow_learns_a_small_distribution():
     """Two conditions, two clouds of codes: after a short training each condition draws its own."""
     torch.manual_seed(0)
     flow = cvae.Flow((2, 1, 1), 2, 64, depth=2)
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=2e-3)
-    for _ in range(250):
+
+    def loss(step):
         which = torch.randint(2, (256,))
         z = (2.0 * which - 1)[:, None, None, None] + 0.2 * torch.randn(256, 2, 1, 1)
-        loss = cvae.flow_loss(flow, z, torch.eye(2)[which], torch.ones(256, dtype=torch.long))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        return cvae.flow_loss(flow, z, torch.eye(2)[which], torch.ones(256, dtype=torch.long))
+    descend(flow.parameters(), 250, loss)
     which = torch.arange(2).repeat_interleave(200)
     with torch.no_grad():
         z = cvae.sample_flow(flow, torch.randn(400, 2, 1, 1), torch.eye(2)[which], torch.ones(400, dtype=torch.long), 1, 25)[-1]
@@ -1097,55 +823,54 @@ def test_a_flow_learns_a_small_distribution():
         assert z[which == k].mean().item() == pytest.approx(mean, abs=0.1) and z[which == k].std() < 0.45
 
 
-def test_codes_are_where_the_encoder_puts_them(world, run_folder):
-    models, config = cvae.load_models(run_folder / "best.pt", torch.device("cpu"))
-    data = cvae.load_data(world / "data.pt")
-    images, rows = cvae.pool_images(data["images"], 64), torch.tensor([5, 2, 9])
-    mu, sigma = cvae.cache_latents(models["vae"], images, data, rows, flip=True)
-    with torch.no_grad():
-        for version, x in enumerate((images[rows] / 255, images[rows].flip(3) / 255)):
-            expected, logvar = models["vae"].encode(x, data["image_embeddings"][rows], torch.zeros(3, dtype=torch.long))
-            torch.testing.assert_close(mu[:, version].float(), expected, atol=1e-3, rtol=1e-3)  # float16 has eleven binary digits
-            torch.testing.assert_close(sigma[:, version].float(), (0.5 * logvar).exp(), atol=1e-3, rtol=1e-3)
-    # the flow's centre and scale make the training codes standard normal in each channel
+def test_codes_are_where_the_encoder_puts_them_and_statistics_are_the_training_parts(world, run_folder):
+    models, data = cvae.load_models(run_folder / "best.pt", CPU)[0], prepared(world / "data.pt")
+    vae, prior, images, rows = models["vae"], models["prior"], cvae.pool_images(data["images"], 64), torch.tensor([5, 2, 9])
+    mu, sigma = cvae.cache_latents(vae, images, data, rows, flip=True)
+    for version, x in enumerate((images[rows] / 255, images[rows].flip(3) / 255)):
+        with torch.no_grad():
+            expected, logvar = vae.encode(x, data["image_embeddings"][rows], torch.zeros(3, dtype=torch.long))
+        torch.testing.assert_close(mu[:, version].float(), expected, atol=1e-3, rtol=1e-3)  # float16 has eleven binary digits
+        torch.testing.assert_close(sigma[:, version].float(), (0.5 * logvar).exp(), atol=1e-3, rtol=1e-3)
     learned = data["split"] == cvae.TRAIN
-    mu, sigma = cvae.cache_latents(models["vae"], images, data, learned.nonzero()[:, 0], flip=True)
-    z = (torch.cat([mu + sigma * torch.randn_like(mu) for _ in range(20)]).flatten(0, 1) - models["prior"].latent_mean) / models["prior"].latent_std
+    for network in (vae, prior):
+        torch.testing.assert_close(network.condition.mean[0], data["image_embeddings"][learned].mean(0))
+        torch.testing.assert_close(network.condition.mean[1], data["caption_embeddings"][learned].mean((0, 1)))
+    # the flow's centre and scale make the training codes standard normal in each channel
+    mu, sigma = cvae.cache_latents(vae, images, data, learned.nonzero()[:, 0], flip=True)
+    z = (torch.cat([mu + sigma * torch.randn_like(mu) for _ in range(20)]).flatten(0, 1) - prior.latent_mean) / prior.latent_std
     assert z.mean((0, 2, 3)).abs().max() < 0.1 and (z.std((0, 2, 3)) - 1).abs().max() < 0.1
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training
-
+# ---- Training
 
 def test_training_writes_its_pictures_and_its_figures(run_folder, world):
     for name in ("loss.png", "epoch.png", "prior.png"):
         with Image.open(run_folder / name) as picture:
             assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(10**6)) > 50
-    history = torch.load(run_folder / "last.pt", weights_only=True)["history"]
+    history = stored(run_folder)["history"]
     assert [[h["epoch"] for h in history[stage]] for stage in ("vae", "decoder", "prior")] == [[0, 1, 2], [0, 1], [0, 1, 2]]
     assert history["vae"][2]["loss"] < history["vae"][1]["loss"]
     assert set(history["vae"][1]) == {"step", "epoch", "train_loss", "loss", "bpd", "kl", "psnr"}
     assert set(history["decoder"][1]) == {"step", "epoch", "train_loss", "bpd", "psnr"}
-    models, _ = cvae.load_models(run_folder / "best.pt", torch.device("cpu"))  # the VAE is that of the second lesson, measured anew
-    data = cvae.load_data(world / "data.pt")
-    figures = cvae.measure_vae(models["vae"], cvae.pool_images(data["images"], 64), data, cvae.indices(data, cvae.VAL))
-    assert figures["psnr"] == pytest.approx(history["decoder"][1]["psnr"], abs=1e-3)
-
-
-def test_the_validation_figures_agree_with_a_plain_computation(run_folder, world):
-    models, config = cvae.load_models(run_folder / "last.pt", torch.device("cpu"))
-    vae, data = models["vae"], cvae.load_data(world / "data.pt")
-    rows = (data["split"] == cvae.TEST).nonzero()[:, 0]
-    images, conditions = cvae.pool_images(data["images"], 64)[rows], data["image_embeddings"][rows]
-    figures = cvae.measure_vae(vae, cvae.pool_images(data["images"], 64), data, rows)
+    # each begins with what knowing nothing costs
+    data = prepared(world / "data.pt")
+    images = cvae.pool_images(data["images"], 64)
+    plain = data["images"].numpy().reshape(24, 3, 64, 2, 64, 2).mean((3, 5))  # 128 pixels averaged down to 64, rounded
+    assert np.abs(images.numpy() - plain).max() <= 0.5 and torch.equal(cvae.get_images(images, torch.arange(4), CPU), images[:4] / 255)
+    x = images[data["split"] == cvae.VAL].numpy() / 255
+    variance = np.mean((x - x.mean((0, 2, 3), keepdims=True)) ** 2)
+    assert history["vae"][0]["loss"] == pytest.approx(0.5 * np.log2(2 * np.pi * np.e * (variance + 1 / 12 / 256**2)) + 8, abs=1e-3)
+    assert history["prior"][0]["loss"] == 2
+    # the figures agree with a plain computation; the VAE is that of the second lesson, measured anew
+    vae, rows = cvae.load_models(run_folder / "best.pt", CPU)[0]["vae"], cvae.indices(data, cvae.VAL)
+    figures = cvae.measure_vae(vae, images, data, rows)
     torch.manual_seed(0)
     with torch.no_grad():
-        picture, kl = vae(images / 255, conditions, torch.zeros(len(rows), dtype=torch.long))
-    mse, s2 = ((picture - images / 255) ** 2).mean().item(), vae.variance.item()
-    assert figures["psnr"] == pytest.approx(10 * np.log10(1 / mse), abs=1e-3)
+        picture, kl = vae(images[rows] / 255, data["image_embeddings"][rows], torch.zeros(len(rows), dtype=torch.long))
+    mse, s2, d = ((picture - images[rows] / 255) ** 2).mean().item(), vae.variance.item(), 3 * 64 * 64
+    assert figures["psnr"] == pytest.approx(10 * np.log10(1 / mse), abs=1e-3) == pytest.approx(history["decoder"][1]["psnr"], abs=1e-3)
     assert figures["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
-    d = 3 * 64 * 64
     nats = d / 2 * np.log(2 * np.pi * s2) + d * (mse + 1 / 12 / 256**2) / 2 / s2 + figures["kl"]
     assert figures["bpd"] == pytest.approx(nats / np.log(2) / d + 8, abs=1e-4) == figures["loss"]
 
@@ -1157,187 +882,109 @@ def change_loss(monkeypatch, stage, change):
     def changed_fit(run, name, networks, loss, validate, draw):
         changed = lambda *args: change(next(calls), networks, lambda: loss(*args))
         fit(run, name, networks, changed if name == stage else loss, validate, draw)
-
     monkeypatch.setattr(cvae, "fit", changed_fit)
 
 
-def interrupt_at(monkeypatch, stage, call, action):
-    """Let `action` happen when a stage of training computes its call-th loss."""
-
-    def loss_and_action(number, network, loss):
-        if number == call:
-            action()
-        return loss()
-
-    change_loss(monkeypatch, stage, loss_and_action)
-
-
-@pytest.mark.parametrize("stage, call, number", [("vae", 3, signal.SIGTERM), ("decoder", 2, signal.SIGINT), ("prior", 2, signal.SIGTERM)])
-def test_a_signal_saves_and_resuming_ends_as_if_undisturbed(world, undisturbed, here, monkeypatch, stage, call, number):
+@pytest.mark.parametrize("stage, call, number", [("vae", 3, signal.SIGTERM), ("decoder", 2, signal.SIGINT), ("prior", 2, signal.SIGTERM),
+                                                 ("vae", 5, None)])
+def test_what_ends_a_training_costs_no_step_and_resuming_ends_as_if_undisturbed(world, undisturbed, here, monkeypatch, stage, call, number):
+    """A signal saves; what kill -9 costs (None) is, with a step in the place of four minutes, nothing."""
     with monkeypatch.context() as patch:
-        interrupt_at(patch, stage, call, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(SystemExit) as stop:
-            train(world, "parts", *EPOCHS)
-    assert "--resume --run parts" in stop.value.code and f"step {call} of" in stop.value.code
-    assert torch.load("parts/last.pt", weights_only=True)["training"]["done"] == call  # no step is lost
-    cvae.main(["train", "--resume", "--run", "parts"])
-    parts = torch.load("parts/last.pt", weights_only=True)
-    assert same_weights(weights(world / "undisturbed/last.pt"), weights("parts/last.pt"))
-    assert undisturbed["history"] == parts["history"] and [len(parts["history"][stage]) for stage in ("vae", "decoder", "prior")] == [4, 2, 4]
-
-
-def test_last_pt_is_written_within_an_epoch(world, undisturbed, here, monkeypatch):
-    """What kill -9 costs: with a step in the place of four minutes, nothing."""
-    monkeypatch.setattr(cvae, "SAVE_SECONDS", 0)
-    with monkeypatch.context() as patch:
-        change_loss(patch, "vae", lambda number, networks, loss: loss() if number < 5 else sys.exit("killed"))
-        assert stops("train", "--data", world / "data.pt", "--run", "run", *SMALL, *EPOCHS) == "killed"
-    assert torch.load("run/last.pt", weights_only=True)["training"]["done"] == 4  # of two an epoch
-    cvae.main(["train", "--resume", "--run", "run"])
-    assert same_weights(weights("run/last.pt"), weights(world / "undisturbed/last.pt"))
+        if number is None:
+            patch.setattr(cvae, "SAVE_SECONDS", 0)
+        end = lambda: os.kill(os.getpid(), number) if number else sys.exit("killed")
+        change_loss(patch, stage, lambda done, networks, loss: (end() if done == call else None, loss())[1])
+        said = stops(*training(world, "parts", *EPOCHS))
+    assert said == "killed" if number is None else "--resume --run parts" in said and f"step {call} of" in said
+    assert stored("parts")["training"]["done"] == (call if number else call - 1)
+    before = Path("parts/last.pt").read_bytes()
+    for name in ("best.pt", "last.pt"):  # best.pt says nothing of how far the training was: it must not begin anew
+        assert "no readable checkpoint" in stops("train", "--resume", "--run", f"parts/{name}")
+    assert "--resume" in stops(*training(world, "parts")) and Path("parts/last.pt").read_bytes() == before
+    do("train", "--resume", "--run", "parts")
+    history = stored("parts")["history"]
+    assert same_weights(undisturbed, "parts") and history == stored(undisturbed)["history"] and list(map(len, history.values())) == [4, 2, 4]
 
 
 def train_killed(world, run, kills, seed):
     """Train in processes that are killed at random moments, then undisturbed to the end."""
     dice = random.Random(seed)
-    options = ["--data", world / "data.pt", *SMALL, *EPOCHS, "--run", run]
     for kill in range(kills + 1):
         if run.exists() and not (run / "last.pt").exists():  # killed between making the folder and writing into it
             shutil.rmtree(run)
-        resume = ["--resume", "--run", run] if run.exists() else options
-        process = subprocess.Popen(list(map(str, [sys.executable, HERE / "cvae.py", "train", *resume])), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=run.parent, text=True)
+        options = ["train", "--resume", "--run", run] if run.exists() else training(world, run, *EPOCHS)
+        process = start(*options, run=subprocess.Popen, stdout=subprocess.DEVNULL)
         if kill < kills:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(dice.uniform(1.5, 8))
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.kill()
         said = process.communicate(timeout=120)[1]
-    # a process may have finished before its kill; then there is nothing left to do
-    assert process.returncode == 0 or "nothing left to do" in said, said
+    assert process.returncode == 0 or "nothing left to do" in said, said  # a process may have finished before its kill
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(world, here):
     train_killed(world, here / "whole", 0, 0)
     train_killed(world, here / "killed", int(os.environ.get("KILLS", 2)), int(os.environ.get("SEED", 0)))
-    assert same_weights(weights("whole/last.pt"), weights("killed/last.pt"))
-    assert same_weights(weights("whole/best.pt"), weights("killed/best.pt"))
+    assert same_weights("whole", "killed") and same_weights("whole/best.pt", "killed/best.pt")
 
 
-def test_resume_refuses_other_data(world, here):
-    shutil.copy(world / "data.pt", here / "data.pt")
-    cvae.main(["train", "--data", "data.pt", "--run", "run", *map(str, SMALL)])
-    longer = "train", "--resume", "--run", "run", "--prior-epochs", 3
-    shutil.move("data.pt", "moved.pt")
-    assert "no data file at data.pt" in stops(*longer)
-    cvae.main([*map(str, longer), "--data", "moved.pt"])  # the same data in another place
-    cvae.main(["evaluate", "--checkpoint", "run", "--data", "moved.pt"])
-    torch.save(torch.load("moved.pt", weights_only=True) | {"fingerprint": "another"}, "other.pt")
-    assert "not the data" in stops("train", "--resume", "--run", "run", "--prior-epochs", 4, "--data", "other.pt")
-    assert "not the data" in stops("evaluate", "--checkpoint", "run", "--data", "other.pt")
-
-
-def test_options_of_a_resumed_run_take_effect_or_are_refused(world, run_folder, here):
+def test_a_resumed_run_takes_larger_options_and_its_own_data_only(world, run_folder, here):
     shutil.copytree(run_folder, "run")
-    resume = "train", "--resume", "--run", "run"
+    resume, before = ("train", "--resume", "--run", "run"), stored("run")
     assert "nothing left to do" in stops(*resume) and "--prior-epochs 4" in stops(*resume)
-    for option, value in (("--size", 128), ("--latents", "flat"), ("--batch", 16), ("--seed", 3), ("--prior-lr", 1e-3), ("--epochs", 50), ("--prior-epochs", 1)):
-        said = stops(*resume, option, value)
+    for options in ("--size 128", "--latents flat", "--batch 16", "--seed 3", "--prior-lr 1e-3", "--epochs 50", "--prior-epochs 1"):
+        said = stops(*resume, *options.split())
         assert "its own settings" in said and "--data" in said and "--prior-epochs" in said
-    before = torch.load("run/last.pt", weights_only=True)
-    cvae.main([*resume, "--prior-epochs", "3"])
-    after = torch.load("run/last.pt", weights_only=True)
+    shutil.copy(world / "data.pt", "moved.pt")
+    torch.save(stored("moved.pt") | {"fingerprint": "another"}, "other.pt")
+    for command in ([*resume, "--prior-epochs", 3], ["evaluate", "--checkpoint", "run"]):
+        assert "not the data" in stops(*command, "--data", "other.pt") and "no data file at none.pt" in stops(*command, "--data", "none.pt")
+        do(*command, "--data", "moved.pt")  # the same data in another place
+    after = stored("run")
     assert len(after["history"]["prior"]) == 4 and after["config"]["prior_epochs"] == 3
-    assert same_weights({"vae": before["vae"]}, {"vae": after["vae"]}) and not same_weights({"prior": before["prior"]}, {"prior": after["prior"]})
-    train(world, "plain", "--prior", "normal", "--decoder-epochs", 0)  # without other stages the VAE itself can be trained longer
+    assert equal(before["vae"], after["vae"]) and not equal(before["prior"], after["prior"])
+    do(*training(world, "plain", "--prior", "normal", "--decoder-epochs", 0))  # without other stages the VAE itself can be trained longer
     assert "--epochs 4" in stops("train", "--resume", "--run", "plain")
-    cvae.main(["train", "--resume", "--run", "plain", "--epochs", "3"])
-    assert len(torch.load("plain/last.pt", weights_only=True)["history"]["vae"]) == 4
+    do("train", "--resume", "--run", "plain", "--epochs", 3)
+    assert len(stored("plain")["history"]["vae"]) == 4
 
 
-def test_two_trainings_never_share_a_folder(world, here, monkeypatch):
+def test_places_that_cannot_be_written_are_noticed_before_the_work_and_nothing_is_overwritten(world, run_folder, here, monkeypatch):
+    never = lambda *_, **__: pytest.fail("the work had begun")
+    (here / "file").write_text("")
+    (here / "folder").mkdir()
+    with monkeypatch.context() as patch:
+        for name in ("embed_photographs", "generate", "fit"):
+            patch.setattr(cvae, name, never)
+        for command, words in ((prepare(world / "coco", world, "--data", "file/data.pt"), "Nothing can be written in file"),
+                               (prepare(world / "coco", world, "--data", "folder"), "folder is a folder"),
+                               (["sample", "a sheep", "--checkpoint", run_folder, "--out", "file/samples"], "Nothing can be written in file"),
+                               (training(world, "file"), "exists already"), (training(world, "file/run"), "Not a directory: 'file/run'"),
+                               (training(world, "folder"), "exists already"), (training(world, run_folder), "--resume")):
+            assert words in stops(*command)
     moments = iter(["a second", "a second", *9 * ["the next"]])
     monkeypatch.setattr(cvae.time, "strftime", lambda form: next(moments))
     for _ in range(2):
-        cvae.main(["train", "--data", str(world / "data.pt"), "--epochs", "1", "--decoder-epochs", "0", "--prior", "normal"])
+        do("train", "--data", world / "data.pt", "--epochs", 1, "--vae-width", 16, "--decoder-epochs", 0, "--prior", "normal")
     assert len(list(Path("runs").iterdir())) == 2
-    (here / "file").write_text("")
-    assert "file exists already" in stops("train", "--data", world / "data.pt", "--run", "file")
-    assert "Not a directory: 'file/run'" in stops("train", "--data", world / "data.pt", "--run", "file/run")
-    (here / "empty").mkdir()
-    assert "exists already" in stops("train", "--data", world / "data.pt", "--run", "empty")
 
 
-def test_places_that_cannot_be_written_are_noticed_before_the_work(world, run_folder, here, monkeypatch):
-    (here / "file").write_text("")
-    (here / "folder").mkdir()
-    never = lambda *_, **__: pytest.fail("the work had begun")
-    monkeypatch.setattr(cvae, "embed_photographs", never)
-    monkeypatch.setattr(cvae, "generate", never)
-    prepare = "prepare", "--coco", world / "coco", "--split", "val2017", "--words", "sheep", "--clip", world / "clip.pt", "--data"
-    assert "Nothing can be written in file" in stops(*prepare, "file/data.pt")
-    assert "folder is a folder" in stops(*prepare, "folder")
-    assert "Nothing can be written in file" in stops("sample", "a sheep", "--checkpoint", run_folder, "--out", "file/samples")
-
-
-def test_a_run_is_never_overwritten(world, run_folder):
-    before = (run_folder / "last.pt").read_bytes()
-    assert "--resume" in stops("train", "--data", world / "data.pt", "--run", run_folder)
-    assert (run_folder / "last.pt").read_bytes() == before
-
-
-def test_resuming_wants_a_runs_folder_and_leaves_the_rest_alone(world, here, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, "vae", 5, lambda: os.kill(os.getpid(), signal.SIGINT))
-        stops("train", "--data", world / "data.pt", "--run", "run", *SMALL, *EPOCHS)
-    before = Path("run/last.pt").read_bytes()
-    for name in ("best.pt", "last.pt"):  # best.pt says nothing of how far the training was: it must not begin anew
-        assert "no readable checkpoint" in stops("train", "--resume", "--run", f"run/{name}")
-    assert "no checkpoint at nowhere" in stops("train", "--resume", "--run", "nowhere")
-    assert Path("run/last.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("stage, option", [("vae", "--lr 0.0015"), ("decoder", "--decoder-lr 0.00025"), ("prior", "--prior-lr 0.00075")])
-def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(world, here, monkeypatch, stage, option):
-    change_loss(monkeypatch, stage, lambda number, networks, loss: loss() * (np.nan if number > 5 else 1))
-    said = stops("train", "--data", world / "data.pt", "--run", "run", *SMALL, "--epochs", 4, "--decoder-epochs", 4, "--prior-epochs", 8)
-    assert "NaN" in said and option in said
-    checkpoint = torch.load("run/last.pt", weights_only=True)
-    assert all(value.isfinite().all() for value in checkpoint["prior" if stage == "prior" else "vae"].values()) and len(checkpoint["history"][stage]) >= 1
-
-
-@pytest.mark.parametrize("stage, option", [("vae", "--lr"), ("prior", "--prior-lr")])
-def test_a_training_that_diverges_without_nan_stops_and_names_the_rate(world, here, stage, option, monkeypatch):
-    calls, flow_loss = itertools.count(), cvae.flow_loss
-
-    def growing_loss(*args, **options):  # adaLN-zero and clipped gradients make a prior hard to break
-        monkeypatch.setattr(cvae, "WARM_UP", 2)
-        return next(calls) + flow_loss(*args, **options)
-
-    if stage == "prior":
-        monkeypatch.setattr(cvae, "flow_loss", growing_loss)
-    else:
-        monkeypatch.setattr(cvae, "WARM_UP", 2)
-    said = stops("train", "--data", world / "data.pt", "--run", "run", *SMALL, "--epochs", 12, "--prior-epochs", 12, option, 1)
-    assert "diverged" in said and f"{option} 0.5" in said and "knowing nothing" in said
-    assert (here / "run/last.pt").exists()
-
-
-def test_a_critic_that_wins_outright_stops_the_stage(world, here, monkeypatch):
-    monkeypatch.setattr(cvae, "CRITIC_WEIGHT", 100.0)
-    said = stops("train", "--data", world / "data.pt", "--run", "run", *SMALL, "--epochs", 20, "--decoder-epochs", 60, "--decoder-lr", 0.05)
-    assert "The critic pulled the decoder away" in said and "--decoder-lr" in said
-    assert (here / "run/best.pt").exists()
-
-
-def test_the_baseline_loss_is_that_of_knowing_nothing(run_folder, world):
-    data = cvae.load_data(world / "data.pt")
-    x = cvae.pool_images(data["images"], 64)[data["split"] == cvae.VAL].numpy() / 255
-    variance = np.mean((x - x.mean((0, 2, 3), keepdims=True)) ** 2)
-    history = torch.load(run_folder / "last.pt", weights_only=True)["history"]
-    assert history["vae"][0]["loss"] == pytest.approx(0.5 * np.log2(2 * np.pi * np.e * (variance + 1 / 12 / 256**2)) + 8, abs=1e-3)
-    assert history["prior"][0]["loss"] == 2
+@pytest.mark.parametrize("stage, how, words", [
+    ("vae", "nan", "--lr 0.0015"), ("decoder", "nan", "--decoder-lr 0.00025"), ("prior", "nan", "--prior-lr 0.00075"),
+    ("vae", "diverges", "--lr 0.3"), ("prior", "diverges", "--prior-lr 0.3"), ("decoder", "critic", "The critic pulled the decoder away")])
+def test_a_training_that_goes_wrong_stops_names_the_rate_and_keeps_the_last_good_checkpoint(world, here, monkeypatch, stage, how, words):
+    def bad_loss(number, networks, loss):  # adaLN-zero and clipped gradients make a prior hard to break
+        monkeypatch.setattr(cvae, "WARM_UP", 2 if how == "diverges" else 50)
+        return loss() * (np.nan if how == "nan" and number > 5 else 1) + (number if how == "diverges" and stage == "prior" else 0)
+    if how == "critic":
+        monkeypatch.setattr(cvae, "CRITIC_WEIGHT", 100.0)
+    change_loss(monkeypatch, stage, bad_loss)
+    rate = {"nan": [], "diverges": [words.split()[0], 1], "critic": ["--decoder-lr", 0.05]}[how]
+    said = stops(*training(world, "run", "--epochs", 12, "--decoder-epochs", 60 if how == "critic" else 4, "--prior-epochs", 12, *rate))
+    assert words in said and {"nan": "NaN", "diverges": "knowing nothing", "critic": "--decoder-lr"}[how] in said
+    assert all(value.isfinite().all() for value in stored("run")["prior" if stage == "prior" else "vae"].values())
+    assert how != "nan" or len(stored("run")["history"][stage]) >= 1
 
 
 def test_a_disk_that_fills_leaves_the_previous_checkpoint_whole(world, undisturbed, here, monkeypatch):
@@ -1346,98 +993,35 @@ def test_a_disk_that_fills_leaves_the_previous_checkpoint_whole(world, undisturb
     def failing(content, path):
         original(content, path)
         if "last.pt" in path.name and next(calls) == 4:
-            with open(path, "r+b") as file:
-                file.truncate(1000)
+            os.truncate(path, 1000)
             raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", failing)
-        said = stops("train", "--data", world / "data.pt", "--run", "run", *SMALL, *EPOCHS)
+        said = stops(*training(world, "run", *EPOCHS))
     assert "No space left" in said and "untouched" in said
-    assert torch.load("run/last.pt", weights_only=True)["training"]["stage"] == "decoder" and not list(Path("run").glob(".*"))
-    cvae.main(["train", "--resume", "--run", "run"])
-    assert same_weights(weights("run/last.pt"), weights(world / "undisturbed/last.pt"))
+    assert stored("run")["training"]["stage"] == "decoder" and not list(Path("run").glob(".*"))
+    do("train", "--resume", "--run", "run")
+    assert same_weights("run", undisturbed)
 
 
-@pytest.mark.slow
-def test_a_real_limit_on_file_size(world, here):
-    done = cli("train", "--data", world / "data.pt", "--run", "run", "--epochs", 1, "--decoder-epochs", 0, "--prior", "normal", cwd=here,
-               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (14_000_000, 14_000_000)))  # Adam's two means are too much
-    assert done.returncode == 1 and "last.pt could not be written" in done.stderr and "Traceback" not in done.stderr
-    assert (here / "run/best.pt").exists() and not list(here.glob("run/.*"))
-    assert torch.load(here / "run/last.pt", weights_only=True)["training"]["done"] == 0
+def test_out_of_memory_names_a_batch_size_and_fewer_photographs_than_a_batch_still_train(world, here, monkeypatch):
+    do(*training(world, "run", "--batch", 4096, "--decoder-batch", 4096, "--epochs", 1))
+    assert len(stored("run")["history"]["vae"]) == 2
 
-
-def test_out_of_memory_names_a_batch_size(world, here, monkeypatch):
     def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
-
     monkeypatch.setattr(cvae, "take_step", out_of_memory)
-    assert "--batch" in stops("train", "--data", world / "data.pt", "--run", "run")
+    assert "--batch" in stops(*training(world, "other"))
 
 
-def test_fewer_photographs_than_a_batch_still_train(world, here):
-    train(world, "run", "--batch", 4096, "--decoder-batch", 4096, "--epochs", 1)
-    assert len(torch.load("run/last.pt", weights_only=True)["history"]["vae"]) == 2
-
-
-@pytest.mark.parametrize("option, value, hint", [
-    ("--size", "96", "64"), ("--lr", "0", "1e-07"), ("--lr", "nan", "1e-07"), ("--batch", "0", "4096"), ("--epochs", "-1", "100000"),
-    ("--dropout", "1.5", "0.9"), ("--seed", "x", "number"), ("--objective", "beta", "elbo"), ("--latents", "ladder", "grid"), ("--prior", "x", "flow")])
-def test_options_out_of_range_are_refused_with_the_range(option, value, hint, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cvae.main(["train", option, value])
-    assert stop.value.code == 2 and hint in capsys.readouterr().err
-
-
-def test_damaged_and_foreign_files_are_refused_with_the_reason(world, run_folder, here):
-    whole = (world / "data.pt").read_bytes()
-    (here / "cut.pt").write_bytes(whole[:len(whole) // 2])
-    (here / "text.pt").write_text("hello")
-    (here / "empty.pt").write_bytes(b"")
-    torch.save({"kind": "data file", "version": 99}, "future.pt")
-    torch.save([1, 2], "list.pt")
-    for name, words in [("cut.pt", "no readable"), ("text.pt", "no readable"), ("empty.pt", "no readable"),
-                        ("future.pt", "version 99"), ("list.pt", "not a data file"), ("none.pt", "python cvae.py prepare"),
-                        (run_folder / "best.pt", "not a data file")]:
-        said = stops("train", "--data", name, "--run", "new")
-        assert words in said, said
-    for name, words in [("cut.pt", "no readable"), ("none.pt", "no checkpoint"), (world / "data.pt", "not a checkpoint"),
-                        ("future.pt", "not a checkpoint")]:
-        said = stops("sample", "a sheep", "--checkpoint", name)
-        assert words in said, said
-    torch.save(torch.load(run_folder / "best.pt", weights_only=True) | {"version": 99}, "newer.pt")
-    assert "version 99" in stops("sample", "a sheep", "--checkpoint", "newer.pt")
-    torch.save({"kind": "checkpoint", "version": 2, "config": {}, "model": {}}, "ladder.pt")  # of the version before
-    said = stops("sample", "a sheep", "--checkpoint", "ladder.pt")
-    assert "version 2" in said and "python cvae.py train" in said
-
-
-def test_flipped_bits_and_cuts_are_noticed_or_harmless(world, run_folder, here):
-    """A hundred damaged copies of a checkpoint and of a data file: refused in one sentence, or read as they were."""
-    dice = random.Random(5)
-    for path, kind in ((run_folder / "best.pt", "checkpoint"), (world / "data.pt", "data file")):
-        whole, expected = path.read_bytes(), torch.load(path, weights_only=True)
-        for number in range(50):
-            damaged = bytearray(whole)
-            if number % 5 == 0:
-                del damaged[dice.randrange(len(damaged)):]
-            else:  # half of the flips in the last kilobytes, where the archive's directory is
-                place = dice.randrange(len(damaged)) if number % 2 else len(damaged) - 1 - dice.randrange(4000)
-                damaged[place] ^= 1 << dice.randrange(8)
-            (here / "damaged.pt").write_bytes(damaged)
-            try:
-                content = cvae.load(here / "damaged.pt", kind)
-            except cvae.UserError as stop:
-                assert "\n" not in str(stop)
-            else:
-                assert flat_equal(content, expected)
-
-
-def flat_equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(flat_equal(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+def test_options_out_of_range_or_that_exclude_each_other_are_refused_with_the_reason(capsys):
+    for line in ("train --size 96 | 64", "train --lr 0 | 1e-07", "train --lr nan | 1e-07", "train --batch 0 | 4096", "train --epochs -1 | 100000",
+                 "train --dropout 1.5 | 0.9", "train --seed x | number", "train --objective beta | elbo", "train --latents ladder | grid",
+                 "train --prior x | flow", "prepare --theme all --words x | not allowed with", "prepare --coco x --mirror y | not allowed with"):
+        command, hint = line.split(" | ")
+        with pytest.raises(SystemExit) as stop:
+            do(*command.split())
+        assert stop.value.code == 2 and hint in capsys.readouterr().err, line
 
 
 class Malice:
@@ -1445,199 +1029,180 @@ class Malice:
         return os.system, ("touch it-ran",)
 
 
-def test_a_malicious_pickle_does_not_run(here, world):
-    torch.save({"kind": "checkpoint", "version": 1, "config": Malice()}, "evil.pt")
-    (here / "plain.pt").write_bytes(pickle.dumps(Malice()))
-    for name in ("evil.pt", "plain.pt"):
-        stops("sample", "a sheep", "--checkpoint", name)
-        stops("train", "--data", name)
+def test_damaged_foreign_and_malicious_files_are_refused_with_the_reason(world, run_folder, here):
+    whole, flipped = (world / "data.pt").read_bytes(), bytearray((world / "data.pt").read_bytes())
+    flipped[len(whole) // 2] ^= 1  # one bit, among the pixels
+    for name, content in {"flip.pt": flipped, "cut.pt": whole[:len(whole) // 2], "text.pt": b"hello", "empty.pt": b"",
+                          "pickle.pt": pickle.dumps(Malice())}.items():
+        (here / name).write_bytes(content)
+    for name, content in {"future.pt": {"kind": "data file", "version": 99}, "list.pt": [1, 2],
+                          "newer.pt": stored(run_folder / "best.pt") | {"version": 99},
+                          "evil.pt": {"kind": "checkpoint", "version": 1, "config": Malice()},
+                          "ladder.pt": {"kind": "checkpoint", "version": 2, "config": {}, "model": {}}}.items():
+        torch.save(content, name)
+    broken = [(f"{name}.pt", "no readable") for name in ("flip", "cut", "text", "empty", "pickle", "evil")]
+    for name, *words in (*broken, ("future.pt", "version 99"), ("list.pt", "not a data file"), ("none.pt", "python cvae.py prepare"),
+                         (run_folder / "best.pt", "not a data file")):
+        assert all(part in stops("train", "--data", name, "--run", "new") for part in words), name
+    for name, *words in (*broken, ("none.pt", "no checkpoint"), (world / "data.pt", "not a checkpoint"), ("future.pt", "not a checkpoint"),
+                         ("newer.pt", "version 99"), ("ladder.pt", "version 2", "python cvae.py train"), ("nowhere", "no checkpoint at nowhere")):
+        assert all(part in stops("sample", "a sheep", "--checkpoint", name) for part in words), name
     assert not (here / "it-ran").exists()
     torch.load("evil.pt", weights_only=False)  # the oracle: it does run where nothing prevents it
     assert (here / "it-ran").exists()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Sampling, evaluation, the command line
-
+# ---- Sampling, evaluation, the command line
 
 def draw(run, *options, out="samples"):
-    """Run `sample`; return the picture that it wrote."""
+    """Run `sample`; return the one picture that it wrote, beside those that were there."""
     before = set(Path(out).glob("*"))
-    cvae.main(["sample", "--checkpoint", str(run), "--out", out, *map(str, options)])
-    written = set(Path(out).glob("*")) - before
-    assert len(written) == 1
-    return np.asarray(Image.open(written.pop()).convert("RGB")).astype(int)
+    do("sample", *(["--checkpoint", run] if run else []), "--out", out, *options)
+    [written] = set(Path(out).glob("*")) - before
+    return np.asarray(Image.open(written).convert("RGB")).astype(int)
 
 
-def differ(a, b):
-    return a.shape != b.shape or np.abs(a - b).max() > 0
+@pytest.fixture
+def rows(monkeypatch):
+    """What `sample` would have drawn: one list of rows for each call of save_grid."""
+    kept = []
+    monkeypatch.setattr(cvae, "save_grid", lambda path, some, labels: kept.append(some))
+    return kept
 
 
 def test_sample_is_reproducible_and_every_option_does_something(run_folder, world, here):
-    checkpoint = torch.load(run_folder / "best.pt", weights_only=True)  # so short a training hardly heeds its conditions, in any precision
+    checkpoint = stored(run_folder / "best.pt")  # so short a training hardly heeds its conditions, in any precision
     checkpoint["prior"] = {name: value + 0.3 * torch.randn_like(value) if value.dim() == 2 else value for name, value in checkpoint["prior"].items()}
-    run_folder = here / "lively.pt"
-    torch.save(checkpoint, run_folder)
-    plain = draw(run_folder, "a sheep on a hill", "-n", 3)
-    assert not differ(plain, draw(run_folder, "a sheep on a hill", "-n", 3))
-    assert len(list(Path("samples").iterdir())) == 2  # the second did not overwrite the first
-    photograph = world / "coco/val2017/000000000003.jpg"
+    torch.save(checkpoint, "lively.pt")
+    picture = lambda *options: draw("lively.pt", "-n", 3, "a sheep on a hill", *options)
+    plain, photograph = picture(), world / "coco/val2017/000000000003.jpg"
+    assert np.array_equal(plain, picture()) and len(list(Path("samples").iterdir())) == 2  # the second did not overwrite the first
     for options in (["--seed", 1], ["--temperature", 1.5], ["--guidance", 3], ["--rerank", 12], ["--steps", 1], ["-n", 4],
                     ["--show-steps"], ["--image", photograph]):
-        assert differ(plain, draw(run_folder, "a sheep on a hill", "-n", 3, *options)), options
-    assert draw(run_folder, "a sheep on a hill", "a cow at night", "-n", 3).shape[0] > 1.8 * plain.shape[0]
-    between = draw(run_folder, "a sheep on a hill", "a cow at night", "--interpolate", "-n", 5)
-    assert between.shape[1] > between.shape[0]
-    variations = draw(run_folder, "--image", photograph, "-n", 3)
-    assert variations.shape == plain.shape
+        assert not np.array_equal(plain, picture(*options)), options
+    assert picture("a cow at night").shape[0] > 1.8 * plain.shape[0]
+    between = picture("a cow at night", "--interpolate", "-n", 5)
+    assert between.shape[1] > between.shape[0] and draw("lively.pt", "--image", photograph, "-n", 3).shape == plain.shape
 
 
-def test_a_row_does_not_depend_on_its_neighbours(run_folder, here, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(cvae, "save_grid", lambda path, rows, labels: drawn.append(rows))
-    for prompts in (["a cow"], ["a sheep", "a cow"]):
-        cvae.main(["sample", *prompts, "--checkpoint", str(run_folder)])
-    torch.testing.assert_close(drawn[0][0], drawn[1][1])
-    assert drawn[1][0].shape == drawn[1][1].shape and not torch.equal(drawn[1][0], drawn[1][1])
-
-
-def test_rerank_keeps_what_clip_likes_best(run_folder, here, monkeypatch):
-    models, config = cvae.load_models(run_folder / "best.pt", torch.device("cpu"))
-    clip_model = cvae.load_clip(config["clip"])
-    kept = []
-    monkeypatch.setattr(cvae, "save_grid", lambda path, rows, labels: kept.append(rows[0]))
-    cvae.main(["sample", "a sheep", "-n", "2", "--rerank", "16", "--checkpoint", str(run_folder)])
-    cvae.main(["sample", "a sheep", "-n", "16", "--checkpoint", str(run_folder)])
-    text = cvae.encode_texts(clip_model, ["a sheep"])[0]
-    scores = cvae.encode_images(clip_model, kept[1]) @ text
-    best = sorted(scores.tolist())[-2:]
-    assert sorted((cvae.encode_images(clip_model, kept[0]) @ text).tolist()) == pytest.approx(best, abs=1e-3)
-
-
-def test_separate_pictures_are_the_grids_own(run_folder, here, monkeypatch, capsys):
-    kept = []
-    monkeypatch.setattr(cvae, "save_grid", lambda path, rows, labels: kept.extend(rows))
-    cvae.main(["sample", "a sheep", "a cow", "-n", "3", "--separate", "--checkpoint", str(run_folder)])
-    paths = capsys.readouterr().out.split()[1:]
+def test_a_row_is_its_own_steps_end_in_it_rerank_keeps_the_best_and_separate_the_grids_pictures(run_folder, here, rows, clip_model, capsys):
+    for options in (["a cow"], ["a sheep", "a cow"], ["a sheep", "a cow", "-n", 4, "--show-steps"], ["a cow", "-n", 2, "--rerank", 16],
+                    ["a cow", "-n", 16], ["a sheep", "a cow", "-n", 3, "--separate"]):
+        do("sample", *options, "--steps", 10, "--checkpoint", run_folder)
+    alone, both, steps, best, many, grid = rows
+    torch.testing.assert_close(alone[0], both[1])
+    assert both[0].shape == both[1].shape and not torch.equal(both[0], both[1])
+    for row, step in zip(both, steps):
+        assert len(step) == 4
+        torch.testing.assert_close(step[-1], row[0])  # the last step is the sample of the same seed
+    text = cvae.encode_texts(clip_model, ["a cow"])[0]
+    best, scores = (sorted((cvae.encode_images(clip_model, some[0]) @ text).tolist()) for some in (best, many))
+    assert best == pytest.approx(scores[-2:], abs=1e-3)
+    paths = capsys.readouterr().out.split()[-6:]
     assert [Path(path).name for path in paths] == [f"a-sheep-a-cow-{number:02}.png" for number in range(1, 7)]
-    for path, picture in zip(paths, torch.cat(kept)):
+    for path, picture in zip(paths, torch.cat(grid)):
         read = np.asarray(Image.open(path))
         assert read.shape == (64, 64, 3) and np.abs(read / 255 - picture.permute(1, 2, 0).numpy()).max() < 1 / 255
 
 
-def test_steps_go_from_noise_to_the_picture(run_folder, here, monkeypatch):
-    kept = []
-    monkeypatch.setattr(cvae, "save_grid", lambda path, rows, labels: kept.append(rows))
-    cvae.main(["sample", "a sheep", "a cow", "-n", "4", "--show-steps", "--steps", "10", "--checkpoint", str(run_folder)])
-    cvae.main(["sample", "a sheep", "a cow", "-n", "1", "--steps", "10", "--checkpoint", str(run_folder)])
-    for steps, row in zip(*kept):
-        assert len(steps) == 4
-        torch.testing.assert_close(steps[-1], row[0])  # the last step is the sample of the same seed
-
-
 def test_the_newest_run_is_the_default(world, run_folder, here):
-    assert "python cvae.py train" in stops("sample", "a sheep")  # nothing trained yet
-    assert "python cvae.py train" in stops("evaluate")
+    for command in (["sample", "a sheep"], ["evaluate"]):  # nothing trained yet
+        assert "python cvae.py train" in stops(*command)
     shutil.copytree(run_folder, "runs/1")
-    train(world, "runs/2", "--epochs", 1, "--prior-epochs", 1)
-    assert not differ(draw("runs/2", "a sheep"), draw_default())
+    do(*training(world, "runs/2", "--epochs", 1, "--prior-epochs", 1))
+    assert np.array_equal(draw("runs/2", "a sheep"), draw(None, "a sheep"))
     os.utime("runs/1/best.pt")
-    assert not differ(draw("runs/1", "a sheep"), draw_default())
+    assert np.array_equal(draw("runs/1", "a sheep"), draw(None, "a sheep"))
 
 
-def draw_default():
-    cvae.main(["sample", "a sheep", "--out", "default"])
-    path = max(Path("default").iterdir(), key=lambda p: p.stat().st_mtime_ns)
-    return np.asarray(Image.open(path).convert("RGB")).astype(int)
-
-
-@pytest.mark.parametrize("prompt", ["../../etc/passwd", "sheep " * 90, "🐑 on a ⛰️", "$x_1$ {} %s", "-- sheep"])
-def test_odd_prompts(run_folder, here, prompt, capsys):
+def test_odd_prompts(run_folder, here, capsys):
     outside = set(here.parent.iterdir())
-    cvae.main(["sample", "--checkpoint", str(run_folder), "-n", "1", "--", prompt])
-    said = capsys.readouterr().out
-    assert ("was cut" in said) == (len(prompt) > 300)
-    assert set(here.parent.iterdir()) == outside and [p.name for p in here.iterdir()] == ["samples"]
-    assert len(list((here / "samples").iterdir())) == 1
+    for count, prompt in enumerate(["../../etc/passwd", "sheep " * 90, "🐑 on a ⛰️", "$x_1$ {} %s", "-- sheep", "a sheep!", "A, sheep?"], 1):
+        do("sample", "--checkpoint", run_folder, "-n", 1, "--", prompt)
+        assert ("was cut" in capsys.readouterr().out) == (len(prompt) > 300)
+        assert set(here.parent.iterdir()) == outside and os.listdir() == ["samples"] and len(os.listdir("samples")) == count
+    assert {"a-sheep.png", "a-sheep-2.png"} < set(os.listdir("samples"))  # the same safe name: both are kept
 
 
-def test_two_prompts_with_the_same_safe_name_are_both_kept(run_folder, here):
-    draw(run_folder, "a sheep!", "-n", 1)
-    draw(run_folder, "A, sheep?", "-n", 1)
-    assert sorted(p.name for p in Path("samples").iterdir()) == ["a-sheep-2.png", "a-sheep.png"]
-
-
-def test_mistakes_at_sampling_are_one_sentence(run_folder, world, here):
+def test_mistakes_are_one_sentence(run_folder, world, here):
     (here / "page.jpg").write_text("<html></html>")
-    at = "--checkpoint", run_folder
-    for options, words in [([""], "empty"), ([], "Say what to draw"), (["--image", "page.jpg"], "no picture"),
-                           (["--image", "none.jpg"], "no picture"), (["a", "--interpolate"], "exactly two"),
-                           (["a", "--rerank", 2, "-n", 8], "at least as large"),
-                           (["a", "b", "--interpolate", "--rerank", 9], "--interpolate"), (["a", "--clip", world / "other-clip.pt"], "not the CLIP")]:
-        said = stops("sample", *options, *at)
+    do(*training(world, "no-flow", "--prior", "normal"))
+    sample, train = ("sample", "--checkpoint", run_folder), ("train", "--data", world / "data.pt", "--prior", "normal")
+    cases = [(sample, [""], "empty"), (sample, [], "Say what to draw"), (sample, ["--image", "page.jpg"], "no picture"),
+             (sample, ["--image", "none.jpg"], "no picture"), (sample, ["a", "--interpolate"], "exactly two"),
+             (sample, ["a", "--rerank", 2, "-n", 8], "at least as large"), (sample, ["a", "b", "--interpolate", "--rerank", 9], "--interpolate"),
+             (sample, ["a", "--clip", world / "other-clip.pt"], "not the CLIP"),
+             *((train, [option, 64], option) for option in ("--prior-epochs", "--prior-batch", "--prior-width")),
+             *((["sample", "a", "--checkpoint", "no-flow"], some, "learned prior") for some in (["--guidance", 3], ["--steps", 5], ["--show-steps"]))]
+    for command, options, words in cases:
+        said = stops(*command, *options)
         assert words in said and "\n" not in said, said
     assert not (here / "samples").exists()
+    do("evaluate", "--checkpoint", "no-flow")
+    assert set(json.loads(Path("no-flow/evaluation.json").read_text())["table"]) == {"photographs", "samples, guidance 1"}
 
 
-def test_evaluate_writes_its_table(run_folder, world, here, capsys):
-    cvae.main(["evaluate", "--checkpoint", str(run_folder)])
-    said = capsys.readouterr().out
-    result = json.loads((run_folder / "evaluation.json").read_text())
+def test_evaluate_writes_its_table(run_folder, world, here, clip_model, capsys):
+    do("evaluate", "--checkpoint", run_folder)
+    said, result, data = capsys.readouterr().out, json.loads((run_folder / "evaluation.json").read_text()), prepared(world / "data.pt")
+    photographs = result["table"]["photographs"]
     assert set(result["table"]) == {"photographs", "samples, guidance 1", f"samples, guidance {cvae.GUIDANCE:g}"}
-    data = cvae.load_data(world / "data.pt")
-    test, clip_model = (data["split"] == cvae.TEST).nonzero()[:, 0].tolist(), cvae.load_clip(str(world / "clip.pt"))
-    images, by_caption = cvae.pool_images(data["images"], 64), {}  # every caption counts the same, of however many photographs
+    test, images, by_caption = (data["split"] == cvae.TEST).nonzero()[:, 0].tolist(), cvae.pool_images(data["images"], 64), {}
     asked = {data["captions"][number][place % 5] for place, number in enumerate(test)}  # one of each photograph, of the five in turn
     assert 1 < len(asked) <= 100
     for number, image in zip(test, cvae.encode_images(clip_model, images[test])):
         for caption in asked.intersection(data["captions"][number]):
             by_caption.setdefault(caption, []).append(float(image @ cvae.encode_texts(clip_model, [caption])[0]))
-    expected = 100 * np.mean([np.mean(cosines) for cosines in by_caption.values()])
-    assert result["table"]["photographs"]["CLIP score"] == pytest.approx(expected, abs=0.05)
+    expected = 100 * np.mean([np.mean(cosines) for cosines in by_caption.values()])  # every caption counts the same, of however many photographs
+    assert photographs["CLIP score"] == pytest.approx(expected, abs=0.05)
     learned = cvae.encode_images(clip_model, images[data["split"] == cvae.TRAIN])
-    to_nearest = 1 - (cvae.encode_images(clip_model, images[test]) @ learned.T).numpy().max(1)
-    assert result["table"]["photographs"]["nearest"] == pytest.approx(np.sort(to_nearest)[(len(to_nearest) - 1) // 2], abs=1e-5)  # of all, asked or not
+    to_nearest = np.sort(1 - (cvae.encode_images(clip_model, images[test]) @ learned.T).numpy().max(1))  # of all, asked or not
+    assert photographs["nearest"] == pytest.approx(to_nearest[(len(to_nearest) - 1) // 2], abs=1e-5)
     assert f"{result['bpd']:.3f} bits/dim" in said and "R-precision" in said
-    for name in ("reconstructions.png", "nearest.png"):
-        with Image.open(run_folder / name) as picture:
-            assert picture.width > 300
+    assert all(Image.open(run_folder / name).width > 300 for name in ("reconstructions.png", "nearest.png"))
 
 
-def test_nothing_is_chosen_or_fitted_on_the_test_part(world, run_folder, here):
+def test_nothing_is_chosen_or_fitted_on_the_test_part_and_equal_pictures_are_in_one(world, run_folder, here):
     """Train once more, but the test photographs are black. Nothing that sampling uses may change."""
-    data = torch.load(world / "data.pt", weights_only=True)
-    test = data["split"] == cvae.TEST
-    other = {name: data[name].clone() for name in ("images", "image_embeddings", "caption_embeddings")}
-    for tensor in other.values():
-        tensor[test] = 0
-    torch.save(data | other, "other.pt")
-    cvae.main(["train", "--data", "other.pt", "--run", "other", *map(str, SMALL)])
-    assert same_weights(weights(run_folder / "best.pt"), weights("other/best.pt"))
+    data = stored(world / "data.pt")
+    for name in ("images", "image_embeddings", "caption_embeddings"):
+        data[name][data["split"] == cvae.TEST] = 0
+    torch.save(data, "other.pt")
+    do("train", "--data", "other.pt", "--run", "other", *SMALL)
+    assert same_weights(run_folder / "best.pt", "other/best.pt")
+    dice = torch.Generator().manual_seed(0)
+    different = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=dice)
+    images, moved = torch.cat([different, different, different[:30]]), torch.randperm(150, generator=dice)
+    part = cvae.split_data(images)
+    assert torch.equal(part[:60], part[60:120]) and torch.equal(part[:30], part[120:])
+    assert part[:60].bincount().tolist() == [51, 3, 6]  # a tenth to judge, a twentieth to choose
+    assert torch.equal(cvae.split_data(images[moved]), part[moved])  # whatever the order
 
 
 @pytest.mark.slow
-def test_the_three_commands_as_a_user_types_them(world, here):
-    for line in (f"prepare --coco {world}/coco --split val2017 --words sheep cow horse --clip {world}/clip.pt",
-                 "train --size 128 --dropout --epochs 1 --prior-epochs 1", "sample"):
-        done = cli(*line.split(), *(["sheep on a hill"] if line == "sample" else []), cwd=here)
+def test_the_three_commands_as_a_user_types_them_and_errors_show_a_traceback_only_with_debug(world, here):
+    for command in (prepare(world / "coco", world), "train --size 128 --dropout --epochs 1 --prior-epochs 1".split(), ["sample", "sheep on a hill"]):
+        done = start(*command)
         assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "samples/sheep-on-a-hill.png" and (here / "samples/sheep-on-a-hill.png").exists()
-    assert sorted(p.name for p in here.iterdir()) == ["data", "runs", "samples"]
+    assert sorted(os.listdir()) == ["data", "runs", "samples"]
+    quiet, loud = start("sample", "a sheep", "--checkpoint", "none"), start("--debug", "sample", "a sheep", "--checkpoint", "none")
+    assert quiet.returncode == loud.returncode == 1 and len(quiet.stderr.strip().splitlines()) == 1
+    assert "Traceback" in loud.stderr and "Traceback" not in quiet.stderr
 
 
 def test_the_cells_run_one_by_one_as_in_a_notebook(world, here):
     """What Jupyter does with `# %%` cells: each is executed in the same namespace, and ipykernel is there."""
-    source = (HERE / "cvae.py").read_text()
-    cells = re.split(r"^# %%.*$", source, flags=re.M)
+    cells, namespace = re.split(r"^# %%.*$", (HERE / "cvae.py").read_text(), flags=re.M), {"__name__": "__main__"}
     assert len(cells) == 14
-    namespace = {"__name__": "__main__"}
+    handlers = lambda: [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "ipykernel", sys)
-        previous = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        previous = handlers()
         for cell in cells:
             exec(compile(cell, "cell", "exec"), namespace)
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == previous  # the notebook's own way of interrupting stays
-    namespace["main"](["train", "--data", str(world / "data.pt"), "--run", "run", *map(str, SMALL)])
+        assert handlers() == previous  # the notebook's own way of interrupting stays
+    namespace["main"](list(map(str, training(world, "run"))))
     namespace["main"](["sample", "a sheep", "--checkpoint", "run"])
     assert (here / "samples/a-sheep.png").exists()
 
@@ -1651,60 +1216,29 @@ def test_what_the_lesson_says_to_try_can_be_typed(here, monkeypatch):
     tried = re.findall(r"^# Try it.*\n((?:#.*\n?)+)", (HERE / "cvae.py").read_text(), re.M)
     assert len(tried) >= 8
     namespace = dict(vars(cvae))
-    for lines in tried:
-        for line in re.findall(r"^#     (.*)$", lines, re.M):
-            if line.startswith("python cvae.py "):
-                cvae.main(shlex.split(line)[2:])
-            else:
-                exec(line, namespace)
+    for line in (line for lines in tried for line in re.findall(r"^#     (.*)$", lines, re.M)):
+        if line.startswith("python cvae.py "):
+            cvae.main(shlex.split(line)[2:])
+        else:
+            exec(line, namespace)
     assert Path("samples/swapped.png").exists() and Path("samples/zeroed.png").exists()
 
 
-def test_errors_show_a_traceback_only_with_debug(here):
-    quiet, loud = cli("sample", "a sheep", cwd=here), cli("--debug", "sample", "a sheep", cwd=here)
-    assert quiet.returncode == 1 and "Traceback" not in quiet.stderr and len(quiet.stderr.strip().splitlines()) == 1
-    assert loud.returncode == 1 and "Traceback" in loud.stderr
+# ---- Precision: what an older card would do, with the CPU and stand-ins
 
-
-@pytest.mark.slow
-def test_help_is_quick():
-    def seconds(*command):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, *command], check=True, capture_output=True)
-        return time.perf_counter() - began
-
-    seconds("-c", "import torch")  # fill the disk cache
-    pairs = [(seconds(str(HERE / "cvae.py"), "--help"), seconds("-c", "import torch")) for _ in range(2)]
-    assert min(help for help, _ in pairs) < 1.5 * min(torch for _, torch in pairs)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Precision: what an older card would do, with the CPU and stand-ins
-
-
-@pytest.mark.parametrize("real, best", [(True, torch.bfloat16), (False, torch.float16)])
-def test_a_card_without_bfloat16_gets_float16(monkeypatch, real, best):
-    # a T4 says yes where emulation counts
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: real or including_emulation)
-    cuda = torch.device("cuda")
-    assert cvae.choose_precision(cuda) == best
-    assert cvae.choose_precision(cuda, "float32") == torch.float32
-    if not real:
-        with pytest.raises(cvae.UserError, match="can't compute in bfloat16"):
-            cvae.choose_precision(cuda, "bfloat16")
-    assert cvae.choose_precision(torch.device("mps")) == torch.float32
-    with pytest.raises(cvae.UserError, match="float32"):
-        cvae.choose_precision(torch.device("mps"), "float16")
-
-
-def test_bfloat16_on_a_processor_follows_what_pytorch_may_use(monkeypatch):
+def test_devices_get_the_precision_that_they_have_and_others_are_refused(monkeypatch):
+    cuda, mps = torch.device("cuda"), torch.device("mps")
+    for real, best in ((True, torch.bfloat16), (False, torch.float16)):  # a T4 says yes where emulation counts
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: real or including_emulation)
+        assert cvae.choose_precision(cuda) == best and cvae.choose_precision(cuda, "float32") == torch.float32
+    for device, wish, words in ((cuda, "bfloat16", "can't compute in bfloat16"), (mps, "float16", "float32")):
+        with pytest.raises(cvae.UserError, match=words):
+            cvae.choose_precision(device, wish)
+    assert cvae.choose_precision(mps) == torch.float32
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    for capability, expected in (("AVX512", torch.bfloat16), ("AVX2", torch.float32)):
+    for capability, expected in (("AVX512", torch.bfloat16), ("AVX2", torch.float32)):  # what PyTorch may use of the processor
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        assert cvae.choose_precision(torch.device("cpu")) == expected
-
-
-def test_devices_that_are_not_there_are_refused(monkeypatch):
+        assert cvae.choose_precision(CPU) == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert cvae.choose_device().type == cvae.choose_device("cpu").type == "cpu"
@@ -1715,11 +1249,11 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
 
 
 def test_training_in_half_precision_begins_like_float32(world, here):
-    for precision in ("float32", "bfloat16", "float16"):
-        train(world, precision, "--precision", precision, "--epochs", 1, "--decoder-epochs", int(precision != "float16"), "--prior-epochs", 1)
+    precisions = "float32", "bfloat16", "float16"
+    for precision in precisions:
+        do(*training(world, precision, "--precision", precision, "--epochs", 1, "--decoder-epochs", int(precision != "float16"), "--prior-epochs", 1))
     for stage in ("vae", "prior"):
-        full, *halves = (torch.load(f"{precision}/last.pt", weights_only=True)["history"][stage][1]["train_loss"]
-                         for precision in ("float32", "bfloat16", "float16"))
+        full, *halves = (stored(precision)["history"][stage][1]["train_loss"] for precision in precisions)
         assert halves == pytest.approx([full, full], rel=0.01)
 
 
@@ -1728,39 +1262,22 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_is_no_nan(world, here, m
     seen = {}
 
     def overflowing(number, networks, loss):
-        network = networks["vae"]
-        seen[number] = network.skip_in.weight.detach().clone()
+        weight = networks["vae"].skip_in.weight
+        seen[number] = weight.detach().clone()
         if number == 3:  # the loss is finite, a gradient of it is not
-            network.skip_in.weight.register_hook(lambda gradient: gradient * math.inf if len(seen) == 3 else gradient)
+            weight.register_hook(lambda gradient: gradient * math.inf if len(seen) == 3 else gradient)
         return loss()
-
     change_loss(monkeypatch, "vae", overflowing)
-    train(world, "run", "--precision", "float16", "--batch", 3, "--epochs", 1, "--decoder-epochs", 0, "--prior", "normal")
+    do(*training(world, "run", "--precision", "float16", "--batch", 3, "--epochs", 1, "--decoder-epochs", 0, "--prior", "normal"))
     assert torch.equal(seen[3], seen[4]) and not torch.equal(seen[4], seen[5]) and not torch.equal(seen[2], seen[3])
-    last = torch.load("run/last.pt", weights_only=True)
+    last = stored("run")
     assert last["training"]["scaler"]["scale"] == 2**15 and all(value.isfinite().all() for value in last["vae"].values())
     assert last["training"]["done"] == 7 and math.isfinite(last["history"]["vae"][1]["train_loss"])
 
 
-def test_activations_and_codes_of_a_trained_model_fit_float16(world, run_folder):
-    models, _ = cvae.load_models(run_folder / "best.pt", torch.device("cpu"))
-    data, largest = cvae.load_data(world / "data.pt"), []
-    for network in models.values():
-        for module in network.modules():
-            module.register_forward_hook(lambda module, inputs, output: largest.extend(
-                part.abs().max().item() for part in (output if isinstance(output, tuple) else [output])))
-    x, c, kind = cvae.pool_images(data["images"], 64)[:8] / 255, data["image_embeddings"][:8], torch.zeros(8, dtype=torch.long)
-    with torch.no_grad():
-        models["vae"](x, c, kind)
-        z = cvae.sample_flow(models["prior"], torch.randn(8, *models["vae"].shape), c, kind, 3, 5)[-1]
-    assert len(largest) > 100 and max(largest) < 65504 / 50 and z.abs().max() < 100
+# ---- A pretended card: the arithmetic is the processor's, but each tensor knows where a CUDA card or a Mac would hold it
 
-
-# ---------------------------------------------------------------------------------------------------
-# A pretended card: the arithmetic is the processor's, but each tensor knows where a CUDA card or a Mac would hold it
-
-
-CPU, WHERE = torch.device("cpu"), WeakTensorKeyDictionary()
+WHERE = WeakTensorKeyDictionary()
 SAVE_PRIOR_PICTURE = cvae.save_prior_picture
 MIXED = {"copy_", "set_", "swap_tensors", "__getitem__", "__setitem__"}  # in these, tensors of several devices may meet
 
@@ -1851,7 +1368,6 @@ def pretended(kind, monkeypatch, room=2**33):
         out = copy(parameter, memo)
         WHERE[out] = where(parameter)
         return out
-
     scaler = torch.amp.GradScaler  # "cuda" would find no card; the processor's follows the same path
     for thing, name, value in ((cvae, "choose_device", with_device(cvae.choose_device)), (cvae, "ThreadPoolExecutor", Pool),
                                (cvae, "choose_precision", with_device(cvae.choose_precision)), (cvae, "compiled", lambda network, run: network),
@@ -1866,17 +1382,14 @@ def pretended(kind, monkeypatch, room=2**33):
 @pytest.mark.parametrize("kind, precision, room", [("cuda", "float32", 2**33), ("cuda", "float16", 1), ("mps", "float32", 2**33)])
 def test_every_command_on_a_pretended_card(world, here, monkeypatch, kind, precision, room):
     """room: 1 leaves the pictures in the computer's memory."""
-    monkeypatch.setattr(cvae.draw_toy_world, "__defaults__", (24,))
-    monkeypatch.setattr(cvae.train_toy_clip, "__defaults__", (2, 8))
-    monkeypatch.setattr(cvae, "DEMO_PROMPTS", cvae.DEMO_PROMPTS[:2])
-    monkeypatch.setattr(cvae, "STEPS", 3)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())  # drawing would take half of the time
-    monkeypatch.setattr(Figure, "tight_layout", lambda *_, **__: None)
+    # drawing would take half of the time
+    for thing, name, value in ((cvae.draw_toy_world, "__defaults__", (24,)), (cvae.train_toy_clip, "__defaults__", (2, 8)), (cvae, "STEPS", 3),
+                               (cvae, "DEMO_PROMPTS", cvae.DEMO_PROMPTS[:2]), (Figure, "savefig", lambda figure, path, **_: Path(path).touch()),
+                               (Figure, "tight_layout", lambda *_, **__: None)):
+        monkeypatch.setattr(thing, name, value)
     shutil.copytree(world / "coco", "coco")
-    shutil.copy(world / "clip.pt", "clip.pt")
     train = f"train --data d.pt --epochs 1 --batch 8 --vae-width 16 --decoder-epochs 1 --precision {precision}"
-    flow = f"{train} --model small --prior-epochs 1 --prior-width 64"
-    lines = ["train --resume --run r --prior-epochs 2"]
+    flow, lines = f"{train} --model small --prior-epochs 1 --prior-width 64", ["train --resume --run r --prior-epochs 2"]
     if precision == "float32":
         lines += [f"{flow} --latents flat --objective original --decoder-epochs 0", f"{train} --model small --prior normal --decoder-epochs 0",
                   "sample sheep cow -n 2 --separate --checkpoint r", "sample sheep -n 2 --rerank 4 --checkpoint r", "evaluate --checkpoint r",
@@ -1887,38 +1400,28 @@ def test_every_command_on_a_pretended_card(world, here, monkeypatch, kind, preci
     with pretended(kind, monkeypatch, room):
         on_it = torch.zeros(4, 3, 8, 8, dtype=torch.uint8).to(kind)
         assert cvae.get_images(on_it, torch.arange(2), torch.device(kind)).device == torch.device(kind, 0)  # whether numbered or not
-        cvae.main("--debug prepare --coco coco --split val2017 --words sheep cow horse --clip clip.pt --data d.pt".split())
+        do("--debug", *prepare("coco", world, "--data", "d.pt"))
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(cvae, "any_process", lambda *_: True)  # told to stop in its first step
-            cvae.main(["--debug", *f"{flow} --run r --dropout".split()])
+            do("--debug", *f"{flow} --run r --dropout".split())
         for line in lines:
-            cvae.main(["--debug", *line.split()])
+            do("--debug", *line.split())
 
 
-# ---------------------------------------------------------------------------------------------------
-# Several processes, and trainings that are ended from outside
-
+# ---- Several processes, and trainings that are ended from outside
 
 DRIVER = """
     import os, signal, sys, torch
     sys.path.insert(0, sys.argv.pop(1))
     import cvae
     rank, steps = os.environ["RANK"], []
-
     def after(name, act):
         function = getattr(cvae, name)
-
-        def both(*args):
-            function(*args)
-            act(*args)
-
-        setattr(cvae, name, both)
-
+        setattr(cvae, name, lambda *args: (function(*args), act(*args))[0])
     def keep_gradient(networks):
         if not steps:
             gradients = {name: p.grad.clone() for name, p in networks.named_parameters() if p.grad is not None}
             torch.save(gradients | {"mean of ranks": cvae.mean_over_processes(torch.tensor(float(rank)))}, f"gradient-{rank}.pt")
-
     def keep_step(networks, *_):
         steps.append(1)
         if len(steps) == 1:
@@ -1926,7 +1429,6 @@ DRIVER = """
         with open(f"step-{rank}.part", "w") as file:
             file.write(f"{os.getpid()} {len(steps)}")
         os.replace(f"step-{rank}.part", f"step-{rank}")
-
     after("average_gradients", keep_gradient)
     after("take_step", keep_step)
     after("fit", lambda run, stage, networks, *_: torch.save([networks.state_dict(), run.models["vae"].state_dict()], f"{stage}-{rank}.pt"))
@@ -1944,7 +1446,7 @@ def two_processes(here, *options):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_addr", "127.0.0.1", "--master_port", port, "--"]
-    process = subprocess.Popen([*map(str, [*torchrun, here / "driver.py", HERE, "train", *options])], cwd=here, start_new_session=True, text=True,
+    process = subprocess.Popen([*map(str, [*torchrun, here / "driver.py", HERE, *options])], start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -1957,23 +1459,19 @@ def two_processes(here, *options):
 
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one_with_the_same_batch(world, here, monkeypatch):
-    options = ["--data", world / "data.pt", *SMALL, "--epochs", 1, "--decoder-epochs", 1, "--prior-epochs", 1]
-    with two_processes(here, *options, "--run", "two") as process:
+    options = "--epochs", 1, "--decoder-epochs", 1, "--prior-epochs", 1
+    with two_processes(here, *training(world, "two", *options)) as process:
         said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and said.count("vae, epoch 1/1") == 1, said  # one of them prints
-    for name in ("gradient", "first"):  # the first step's, and the weights after it
-        assert_equal(*(torch.load(f"{name}-{rank}.pt") for rank in (0, 1)))
-    for stage in ("vae", "decoder", "prior"):
-        for a, b in zip(*(torch.load(f"{stage}-{rank}.pt") for rank in (0, 1))):
-            assert_equal(a, b)
+    for name in ("gradient", "first", "vae", "decoder", "prior"):  # the first step's, the weights after it, and after each stage
+        assert equal(*(torch.load(f"{name}-{rank}.pt") for rank in (0, 1))), name
     caught = []
 
     def catch(run, stage, networks, loss, *_):
         caught.extend([run, networks, loss])
         raise KeyboardInterrupt
-
     monkeypatch.setattr(cvae, "fit", catch)
-    stops("train", *options, "--run", "one")
+    stops(*training(world, "one", *options))
     run, networks, loss = caught
     batch, said_by, gradients = cvae.shuffled(cvae.indices(run.data, cvae.TRAIN), 0)[:8], {0: [], 1: []}, []
     for known in (False, True):  # first each process's own figures, then with the mean of both, as the loss asks for it
@@ -1997,17 +1495,12 @@ def test_two_processes_take_the_step_of_one_with_the_same_batch(world, here, mon
         assert ((first[name] - p.detach()).abs() < 1e-6).float().mean() > 0.99, name
 
 
-def assert_equal(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM to all", "kill -9 of one"])
 def test_the_end_of_one_process_is_the_end_of_all_and_another_number_goes_on(world, here, end):
-    with two_processes(here, "--data", world / "data.pt", *SMALL, "--epochs", 300, "--decoder-epochs", 0, "--run", "run") as process:
-        steps, until = [here / "step-0", here / "step-1"], time.monotonic() + 60
-        while not all(path.exists() and int(path.read_text().split()[1]) >= 5 for path in steps) and time.monotonic() < until:
-            time.sleep(0.1)
+    with two_processes(here, *training(world, "run", "--epochs", 300, "--decoder-epochs", 0)) as process:
+        steps = [here / "step-0", here / "step-1"]
+        wait_for(lambda: all(path.exists() and int(path.read_text().split()[1]) >= 5 for path in steps))
         workers, began = [int(path.read_text().split()[0]) for path in steps], time.monotonic()
         if end == "kill -9 of one":
             os.kill(workers[1], signal.SIGKILL)
@@ -2018,298 +1511,102 @@ def test_the_end_of_one_process_is_the_end_of_all_and_another_number_goes_on(wor
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
-    checkpoint = torch.load("run/last.pt", weights_only=True)
+    checkpoint = stored("run")
     done = checkpoint["training"]["done"]
     if end != "kill -9 of one":
         assert f"Stopped at step {done} of 600" in said and done >= 5, said
     checkpoint["config"] |= {"epochs": done // 2 + 2}  # the end of 300 epochs is minutes away
     torch.save(checkpoint, "run/last.pt")
-    cvae.main(["train", "--resume", "--run", "run"])  # by one process
-    training = torch.load("run/last.pt", weights_only=True)["training"]
-    assert training["stage"] == "prior" and training["finished"]
+    do("train", "--resume", "--run", "run")  # by one process
+    assert stored("run")["training"]["stage"] == "prior" and stored("run")["training"]["finished"]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Captions files that users really have
+# ---- Captions files that users really have
+
+def good(count, first=0):
+    return [image(n) for n in range(first, first + count)], [{"image_id": n, "caption": f"sheep {n}"} for n in range(first, first + count)]
 
 
-def captions_file(root, images, annotations, **more):
-    """Write a captions file of these records; return its path."""
-    (root / "annotations").mkdir(parents=True, exist_ok=True)
-    path = root / "annotations/captions_val2017.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations, **more}))
-    return path
-
-
-def image(number, **more):
-    return {"id": number, "file_name": f"{number}.jpg", "width": 20, "height": 10} | more
-
-
-@pytest.mark.parametrize("first, second", [(7, "7"), ("7", 7), (7.0, 7), ("7", 7.0), ("barn-07", "barn-07"), (" 7", 7)])
-def test_ids_of_different_types_meet(here, first, second):
-    path = captions_file(here, [image(7, id=first)], [{"image_id": second, "caption": "a sheep"}])
-    [photograph] = cvae.read_captions(path, ["sheep"])
-    assert photograph["captions"] == ["a sheep"] and photograph["file_name"] == "7.jpg"
-
-
-@pytest.mark.parametrize("broken", [{"id": 50, "image_id": 3}, {"image_id": 3, "caption": None}, {"image_id": 3, "caption": 5}, {"caption": "a sheep"},
-                                    {"image_id": 3, "caption": "  "}, None, 5, "text", [], {"image_id": [3], "caption": "a sheep"}])
-def test_one_broken_record_is_skipped_and_counted_and_many_are_refused(here, broken, capsys):
-    images, good = [image(n) for n in range(40)], [{"image_id": n, "caption": f"sheep {n}"} for n in range(40)]
-    photographs = cvae.read_captions(captions_file(here, images, [*good, broken]), ["sheep"])
-    assert len(photographs) == 40 and "1 of 81 records" in capsys.readouterr().out
-    with pytest.raises(cvae.UserError, match="7 of its 87 records"):
-        cvae.read_captions(captions_file(here, images, [*good, *[broken] * 7]), ["sheep"])
-    for name, value in (("width", None), ("height", 0), ("width", "wide"), ("file_name", 7), ("id", None)):
-        photographs = cvae.read_captions(captions_file(here, [*images, image(99, **{name: value})], good), ["sheep"])
-        assert len(photographs) == 40 and "1 of 81 records" in capsys.readouterr().out
-
-
-def test_a_photograph_that_is_listed_twice_is_one_with_all_its_captions(here):
+def test_ids_of_different_types_meet_and_a_photograph_that_is_listed_twice_has_all_its_captions(here):
+    for first, second in ((7, "7"), ("7", 7), (7.0, 7), ("7", 7.0), ("barn-07", "barn-07"), (" 7", 7)):
+        path = captions_file(here, [image(7, id=first)], [{"image_id": second, "caption": "a sheep"}])
+        [photograph] = cvae.read_captions(path, ["sheep"])
+        assert photograph["captions"] == ["a sheep"] and photograph["file_name"] == "7.jpg"
     images = [image(1), image(2), image(1), image(5, file_name="2.jpg")]
     captions = [{"image_id": n, "caption": f"sheep {n}{k}"} for n in (1, 2, 5) for k in "ab"]
-    photographs = cvae.read_captions(captions_file(here, images, captions), ["sheep"])
-    assert [p["file_name"] for p in photographs] == ["1.jpg", "2.jpg"]
-    assert photographs[0]["captions"] == ["sheep 1a", "sheep 1b"]
-    assert photographs[1]["captions"] == ["sheep 2a", "sheep 2b", "sheep 5a", "sheep 5b"]
+    found = {p["file_name"]: p["captions"] for p in cvae.read_captions(captions_file(here, images, captions), ["sheep"])}
+    assert found == {"1.jpg": ["sheep 1a", "sheep 1b"], "2.jpg": ["sheep 2a", "sheep 2b", "sheep 5a", "sheep 5b"]}
 
 
-def test_equal_pictures_are_in_the_same_part():
-    dice = torch.Generator().manual_seed(0)
-    different = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=dice)
-    images = torch.cat([different, different, different[:30]])
-    part = cvae.split_data(images)
-    assert torch.equal(part[:60], part[60:120]) and torch.equal(part[:30], part[120:])
-    assert part[:60].bincount().tolist() == [51, 3, 6]  # a tenth to judge, a twentieth to choose
-    moved = torch.randperm(150, generator=dice)
-    assert torch.equal(cvae.split_data(images[moved]), part[moved])  # whatever the order
+@pytest.mark.parametrize("broken", [{"id": 50, "image_id": 3}, {"image_id": 3, "caption": None}, {"image_id": 3, "caption": 5},
+                                    {"caption": "a sheep"}, {"image_id": 3, "caption": " "}, None, 5, "x", [], {"image_id": [3], "caption": "sheep"}])
+def test_one_broken_record_is_skipped_and_counted_and_many_are_refused(here, broken, capsys):
+    images, captions = good(40)
+    odd = [image(99, **change) for change in ({"width": None}, {"height": 0}, {"width": "wide"}, {"file_name": 7}, {"id": None})]
+    for some, others in (([], [broken]), *(([record], []) for record in odd)):
+        photographs = cvae.read_captions(captions_file(here, images + some, captions + others), ["sheep"])
+        assert len(photographs) == 40 and "1 of 81 records" in capsys.readouterr().out
+    with pytest.raises(cvae.UserError, match="7 of its 87 records"):
+        cvae.read_captions(captions_file(here, images, captions + [broken] * 7), ["sheep"])
 
 
-def test_names_with_folders_stay_inside(here, world):
-    coco = make_coco(here / "coco", count=4)
-    path = coco / "annotations/captions_val2017.json"
-    content = json.loads(path.read_text())
-    (coco / "val2017/train (1)").mkdir()
-    for number, record in enumerate(content["images"]):
-        shutil.move(coco / "val2017" / record["file_name"], coco / f"val2017/train (1)/photo {number}.jpg")
-        record["file_name"] = f"train (1)/photo {number}.jpg"
-    path.write_text(json.dumps(content))
-    cvae.main(["prepare", "--coco", "coco", "--split", "val2017", "--words", "sheep", "cow", "horse", "--clip", str(world / "clip.pt")])
-    assert len(cvae.load_data(cvae.CONFIG["data"])["ids"]) == 4
-
-
-def test_an_instances_file_is_called_what_it_is(here):
-    path = captions_file(here, [image(1)], [{"image_id": 1, "category_id": 18, "bbox": [0, 0, 5, 5], "id": 3}], categories=[{"id": 18, "name": "dog"}])
-    with pytest.raises(cvae.UserError, match="instances .* not captions"):
-        cvae.read_captions(path, ["sheep"])
-
-
-def test_theme_and_words_exclude_each_other(world, here):
-    assert "not both" in stops("prepare", "--theme", "nature", "--words", "sheep", "--coco", world / "coco", "--clip", world / "clip.pt")
-    assert "not both" in stops("prepare", "--coco", world / "coco", "--mirror", "http://127.0.0.1:9", "--clip", world / "clip.pt")
-
-
-def test_options_of_a_flow_are_refused_where_there_is_none(world, here):
-    for option, value in (("--prior-epochs", 5), ("--prior-lr", 1e-3), ("--prior-width", 64)):
-        assert option in stops("train", "--data", world / "data.pt", "--prior", "normal", option, value)
-    train(world, "run", "--prior", "normal")
-    for options in (["--guidance", 3], ["--steps", 5], ["--show-steps"]):
-        assert "learned prior" in stops("sample", "a sheep", "--checkpoint", "run", *options)
-    cvae.main(["evaluate", "--checkpoint", "run"])
-    assert set(json.loads(Path("run/evaluation.json").read_text())["table"]) == {"photographs", "samples, guidance 1"}
-
-
-def slow_reader(content, word):
-    """What read_captions should find, by the plainest reading: {file name: captions}, or None where it must refuse."""
-    def same(a, b):
-        return str(int(a) if isinstance(a, float) else a).strip() == str(int(b) if isinstance(b, float) else b).strip()
-
-    def is_id(value):
-        return isinstance(value, (int, float, str)) and not isinstance(value, bool) and value == value and value not in (math.inf, -math.inf)
-
-    def good_image(record):
-        try:
-            return (is_id(record["id"]) and isinstance(record["file_name"], str) and int(record["width"]) > 0 and int(record["height"]) > 0)
-        except Exception:
-            return False
-
-    def good_caption(record):
-        return (isinstance(record, dict) and is_id(record.get("image_id")) and isinstance(record.get("caption"), str)
-                and record["caption"].strip() != "")
-
-    if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in ("images", "annotations")):
-        return None
-    images = [record for record in content["images"] if good_image(record)]
-    annotations = [record for record in content["annotations"] if good_caption(record)]
-    total = len(content["images"]) + len(content["annotations"])
-    if total - len(images) - len(annotations) > 0.05 * total:
-        return None
-    last = []  # of two records with one id the later one counts, in the place of the earlier
-    for record in images:
-        places = [i for i, other in enumerate(last) if same(other["id"], record["id"])]
-        if places:
-            last[places[0]] = record
-        else:
-            last.append(record)
-    found = {}
-    for record in last:
-        captions = [a["caption"].strip() for a in annotations if same(a["image_id"], record["id"])]
-        found.setdefault(record["file_name"], []).extend(captions)
-    if any({"", ".."} & set(name.split("/")) for name in found):  # mutate knows no other names that lead elsewhere
-        return None
-    return {name: captions for name, captions in found.items() if any(word in caption for caption in captions)} or None
+@pytest.mark.parametrize("content, words", [
+    (None, "no captions file"), ("{", "cut short"), ("[1, 2]", "list, as of results"),
+    ('{"images": [{"id": 1}], "annotations": []}', "1 of its 1 records"), ('{"images": 3, "annotations": []}', "without a list of images"),
+    ('{"images": [], "annotations": []}', "No caption"), ('"text"', "without a list of images"),
+    ('{"images": [], "annotations": [{"image_id": 1, "category_id": 18, "bbox": [0, 0]}], "categories": []}', "instances .* not captions"),
+    ('{"images": [{"filename": "a.jpg", "sentences": [{"raw": "a sheep"}]}], "dataset": "coco"}', "Karpathy"),
+    ('[{"image_id": 1, "caption": "a sheep"}]', "list, as of results"), ("[]", "list, as of results"),
+    ('{"image": "a.jpg", "caption": "a sheep"}\n{"image": "b.jpg", "caption": "a cow"}\n', "JSON lines"),
+    ('{"image": "a.jpg", "caption": "a sheep"}', "without a list of images"), ('{"annotations": []}', "without a list of images"),
+    ('{"images": []}', "without a list of annotations"), ('{"images": [], "annotations": {}}', "without a list of annotations"),
+    ('{"images": [', "cut short"), ("", "no JSON"), ("\u00ff\ud800", "no JSON"), ("[" * 100_000, "no JSON"), ("7", "a list"), ("null", "list")])
+def test_captions_files_of_other_layouts_are_named_without_an_exception(here, content, words):
+    if content is not None:
+        (here / "captions.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(cvae.UserError, match=words) as stop:
+        cvae.read_captions(here / "captions.json", ["sheep"])
+    said = str(stop.value)
+    assert ("is not a COCO captions file" in said) == (not re.search("^no |^No |^inst", words) or words == "no JSON"), said
+    assert "\n" not in said and not re.search(r"Error|indices|None|Expecting|codec", said), said
 
 
 def mutate(value, dice, depth=0):
     """Damage one random place of a JSON value: drop, retype, duplicate or nest."""
     if isinstance(value, (dict, list)) and value and (depth == 0 or dice.random() < 0.8):
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        key = dice.choice(list(keys))
-        if depth and dice.random() < 0.3:
-            if isinstance(value, list) and dice.random() < 0.5:
-                value.append(value[key])
-            else:
-                del value[key]
-        else:
+        key = dice.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if not depth or dice.random() >= 0.3:
             value[key] = mutate(value[key], dice, depth + 1)
+        elif isinstance(value, list) and dice.random() < 0.5:
+            value.append(value[key])
+        else:
+            del value[key]
         return value
     return dice.choice([None, True, 3, 3.0, -1, "3", "", "../x", [], {}, [value], {"a": value}, str(value), float("inf"), "sheep/" * 3])
 
 
-def test_two_hundred_mutations_of_a_captions_file(here, capsys):
-    images = [image(n) for n in range(25)]
-    annotations = [{"image_id": n, "caption": f"{'sheep' if n % 2 else 'cow'} {k}", "id": 5 * n + k} for n in range(25) for k in range(5)]
-    whole, outcomes = json.dumps({"info": {}, "images": images, "annotations": annotations}), set()
+def test_two_hundred_mutations_of_a_captions_file(here):
+    """Each is refused in one sentence, or read; a mutation costs at most two photographs (one may take the id of another)."""
+    annotations = [{"image_id": n, "caption": f"{'sheep' if n % 2 else 'cow'} {n} {k}", "id": 5 * n + k} for n in range(25) for k in range(5)]
+    whole, refused, path = json.dumps({"info": {}, "images": good(25)[0], "annotations": annotations}), 0, here / "captions.json"
     for seed in range(200):
-        dice = random.Random(seed)
-        content = json.loads(whole)
-        for _ in range(dice.choice((1, 1, 3, 12))):
-            content = mutate(content, dice)
-            if not isinstance(content, dict):
-                break
-        path = here / "captions.json"
+        dice, content = random.Random(seed), json.loads(whole)
+        mutations = dice.choice((1, 1, 3, 12))
+        for _ in range(mutations):
+            content = mutate(content, dice) if isinstance(content, dict) else content
         path.write_text(json.dumps(content))
-        expected = slow_reader(content, "sheep")
         try:
             found = {p["file_name"]: p["captions"] for p in cvae.read_captions(path, ["sheep"])}
         except cvae.UserError as stop:
-            assert expected is None and "\n" not in str(stop), (seed, expected)
-            outcomes.add("refused")
+            assert "\n" not in str(stop), seed
+            refused += 1
         else:
-            assert found == expected, seed
-            outcomes.add("read")
-    assert outcomes == {"refused", "read"}
+            intact = sum(found.get(f"{n}.jpg") == [f"sheep {n} {k}" for k in range(5)] for n in range(1, 25, 2))
+            assert intact >= 12 - 2 * mutations and all(any("sheep" in caption for caption in captions) for captions in found.values()), seed
+    assert 40 < refused < 160
 
 
-# ---------------------------------------------------------------------------------------------------
-# Speed, as ratios measured in one run on an idle machine (-m speed)
-
-
-def rate(work, images, repeats=3):
-    """Images per second of work(), the median of some repeats."""
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return images / sorted(seconds)[repeats // 2]
-
-
-def share_of_the_machine(step, shapes, batch, steps=10):
-    """A training step's arithmetic per second, relative to float32 matrix products of these shapes: (share, images/s).
-
-    shapes: a list of (m, k, n), the products that do most of the step's work.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        step()
-    products = [(torch.randn(m, k), torch.randn(k, n)) for m, k, n in shapes]
-    work = sum(2 * m * k * n for m, k, n in shapes)
-    pairs = []
-    for _ in range(5):  # in turns: the clock of a shared machine wanders
-        pairs.append((rate(lambda: [step() for _ in range(steps)], batch * steps, 1), rate(lambda: [a @ b for _ in range(20) for a, b in products], 20 * work, 1)))
-    shares = sorted(images * counter.get_total_flops() / batch / flops for images, flops in pairs)
-    return shares[2], sorted(images for images, _ in pairs)[2]
-
-
-def training_step(network, loss):
-    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-
-    def step():
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-@pytest.mark.speed
-def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
-    batch, c, width = 64, torch.randn(64, 512), cvae.CONFIG["prior_width"]
-    flow, kind, z = cvae.Flow((12, 8, 8), 512, width), torch.ones(64, dtype=torch.long), torch.randn(64, 12, 8, 8)
-    products = [(batch * 16, inside, outside) for inside, outside in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))]
-    prior = share_of_the_machine(training_step(flow, lambda: cvae.flow_loss(flow, z, c, kind)), products, batch)
-    vae = cvae.VAE(64, 512).to(memory_format=torch.channels_last)
-    x = torch.rand(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-
-    def loss():
-        return cvae.elbo_loss(*(lambda picture, kl: (picture, x, kl))(*vae(x, c[:16], kind[:16])))
-
-    # a 3x3 convolution is a product of (places, 9 C) with (9 C, C)
-    store = share_of_the_machine(training_step(vae, loss), [(16 * 64, 9 * 96, 96), (16 * 256, 9 * 64, 64), (16 * 1024, 9 * 32, 12)], 16)
-    figures = {"prior, share of matrix products": prior[0], "prior, images/s": prior[1],
-               "VAE, share of matrix products": store[0], "VAE, images/s": store[1]}
-    with capsys.disabled():
-        print("\n" + json.dumps(figures, indent=2))
-    keep("arithmetic.json", figures)
-    assert prior[0] > 0.7 and store[0] > 0.5
-
-
-@pytest.mark.speed
-def test_prepare_is_as_fast_as_clip(here, capsys):
-    coco = SHARED
-    if not coco.exists():  # photographs of COCO's usual size
-        coco = make_coco(here / "coco", count=400)
-        for path in (coco / "val2017").iterdir():
-            Image.open(path).resize((640, 480)).save(path, quality=92)
-    make_clip("big.pt", embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32,
-              transformer_width=512, transformer_heads=8, transformer_layers=12)
-    photographs = cvae.read_captions(coco / "annotations/captions_val2017.json", cvae.THEMES["nature"])
-    paths = [coco / "val2017" / p["file_name"] for p in photographs if (coco / "val2017" / p["file_name"]).exists()]
-    big, speeds = cvae.load_clip("big.pt"), {}
-    squares = torch.randint(0, 256, (len(paths), 3, 224, 224), dtype=torch.uint8)
-    alone, prepare = [], []
-    for _ in range(5):
-        alone.append(rate(lambda: [cvae.encode_images(big, part) for part in squares.split(32)], len(paths), 1))
-        prepare.append(rate(lambda: cvae.embed_photographs(big, paths, torch.device("cpu")), len(paths), 1))
-    ratios = sorted(b / a for a, b in zip(alone, prepare))
-    speeds = {"CLIP alone": sorted(alone)[2], "prepare": sorted(prepare)[2], "prepare relative to CLIP alone": ratios[2]}
-    captions = [caption for photograph in photographs[:64] for caption in photograph["captions"][:5]]
-    speeds["captions, in prepare"] = rate(lambda: cvae.encode_texts(big, captions), len(captions))
-    with capsys.disabled():
-        print("\n" + json.dumps(speeds, indent=2))
-    keep("prepare.json", speeds)
-    assert ratios[2] > 0.9
-
-
-@pytest.mark.speed
-def test_eight_pictures_take_little_longer_than_the_imports(world, here):
-    train(world, "run", "--prior-width", cvae.CONFIG["prior_width"])
-
-    def seconds(*command):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
-        return time.perf_counter() - began
-
-    imports = "-c", "import warnings; warnings.simplefilter('ignore'); import torch, clip"
-    more = sorted(seconds(HERE / "cvae.py", "sample", "a sheep", "--checkpoint", "run") - seconds(*imports) for _ in range(5))[2]
-    keep("sample.json", {"seconds beyond the imports": more})
-    assert more < 5
-
-
-# ---------------------------------------------------------------------------------------------------
-# The bars: the whole demo, judged by what was drawn, never by the program that drew it (-m bars)
-
+# ---- The bars: the whole demo, judged by what was drawn, never by the program that drew it (-m bars)
 
 SCENES = [("sheep", "grass", "blue", 1), ("cow", "snow", "grey", 2), ("horse", "field", "sunset", 1), ("sheep", "grass", "night", 3),
           ("cow", "field", "blue", 1), ("horse", "snow", "night", 1), ("horse", "grass", "sunset", 2), ("sheep", "field", "grey", 2),
@@ -2338,9 +1635,8 @@ def train_judge():
     for _ in range(8):
         for batch in torch.randperm(2000).split(50):
             answers = judge(x[batch] + 0.03 * torch.randn(len(batch), 3, 64, 64))
-            loss = F.cross_entropy(answers[:, :3], y[batch, 0]) + F.cross_entropy(answers[:, 3:], y[batch, 1])
             optimizer.zero_grad()
-            loss.backward()
+            (F.cross_entropy(answers[:, :3], y[batch, 0]) + F.cross_entropy(answers[:, 3:], y[batch, 1])).backward()
             optimizer.step()
     judge.eval()
 
@@ -2348,7 +1644,6 @@ def train_judge():
     def answer(pictures):
         answers = judge(pictures)
         return torch.stack([answers[:, :3].argmax(1), answers[:, 3:].argmax(1)], 1)
-
     assert ((answer(x[2000:]) == y[2000:]).float().mean(0) > 0.98).all(), "the judge itself must be trustworthy"
     return answer
 
@@ -2364,8 +1659,7 @@ def colours(pictures):
 
 def bright_discs(picture, least=12):
     """How many connected bright patches of at least `least` pixels are in the upper 40% of a picture (3, S, S): moons, not stars."""
-    bright = (picture.mean(0) > 0.75)[:int(0.4 * picture.shape[1])].numpy().copy()
-    discs = 0
+    bright, discs = (picture.mean(0) > 0.75)[:int(0.4 * picture.shape[1])].numpy().copy(), 0
     while bright.any():
         stack, size = [tuple(np.argwhere(bright)[0])], 0
         while stack:
@@ -2391,19 +1685,18 @@ def judge_demo(run, count=32):
     """Shares of samples that show what the prompt asks for, seen | unseen combinations, at the default guidance."""
     models, config = cvae.load_models(run / "best.pt", torch.device("cpu"))
     texts = cvae.encode_texts(cvae.load_clip(config["clip"]), cvae.DEMO_PROMPTS)
-    right = {name: {False: [], True: []} for name in ("sky", "ground", "animal", "number", "moon")}
+    right = {(name, unseen): [] for name in ("sky", "ground", "animal", "number", "moon") for unseen in (False, True)}
     for scene, text in zip(SCENES, texts):
         torch.manual_seed(0)
         pictures = cvae.generate(models, text.expand(count, -1), cvae.TEXT, torch.randn(count, *models["vae"].shape))
         (sky, ground), answers, unseen = colours(pictures), train_judge()(pictures), scene[:3] in cvae.UNSEEN
-        right["animal"][unseen].append(answers[:, 0] == list(cvae.SUBJECTS).index(scene[0]))
-        right["ground"][unseen].append(ground == list(cvae.GROUNDS).index(scene[1]))
-        right["sky"][unseen].append(sky == list(cvae.SKIES).index(scene[2]))
-        right["number"][unseen].append(answers[:, 1] == scene[3] - 1)
+        right["animal", unseen].append(answers[:, 0] == list(cvae.SUBJECTS).index(scene[0]))
+        right["ground", unseen].append(ground == list(cvae.GROUNDS).index(scene[1]))
+        right["sky", unseen].append(sky == list(cvae.SKIES).index(scene[2]))
+        right["number", unseen].append(answers[:, 1] == scene[3] - 1)
         if scene[2] == "night":
-            right["moon"][unseen].append(torch.tensor([bright_discs(picture) == 1 for picture in pictures]))
-    return {f"{name}{', unseen' if unseen else ''}": torch.cat(hits).float().mean().item()
-            for name, parts in right.items() for unseen, hits in parts.items()}
+            right["moon", unseen].append(torch.tensor([bright_discs(picture) == 1 for picture in pictures]))
+    return {f"{name}{', unseen' if unseen else ''}": torch.cat(hits).float().mean().item() for (name, unseen), hits in right.items()}
 
 
 @pytest.mark.bars
@@ -2425,7 +1718,6 @@ def test_the_demo_meets_the_bars(here):
         figures[f"seed {seed}"] = judge_demo(run) | {"R-precision": table[f"samples, guidance {cvae.GUIDANCE:g}"]["R-precision"],
                                                      "R-precision of drawings": table["photographs"]["R-precision"]}
         keep("bars.json", figures)
-    print(json.dumps(figures, indent=2))
     assert figures["demo, minutes"] < 4.5
     for seed in (name for name in figures if name.startswith("seed")):
         one = figures[seed]
@@ -2437,8 +1729,7 @@ def test_the_demo_meets_the_bars(here):
 # The sixteen kinds of the photographs, judged by a classifier that has seen the real training photographs only
 
 
-KINDS = ["goose", "king penguin", "ox", "bison", "bighorn sheep", "gazelle", "camel", "elephant", "lion", "alp", "cliff", "lakeside", "seashore",
-         "barn", "viaduct", "coral reef"]
+KINDS = "goose,king penguin,ox,bison,bighorn sheep,gazelle,camel,elephant,lion,alp,cliff,lakeside,seashore,barn,viaduct,coral reef".split(",")
 WORDS = "goose penguin ox bison sheep gazelle camel elephant lion alp cliff lakeside seashore barn viaduct coral".split()
 
 
@@ -2456,7 +1747,8 @@ class KindJudge(nn.Module):
             return nn.Sequential(nn.Conv2d(above, width, kernel, stride, (kernel - 1) // 2, bias=False), nn.BatchNorm2d(width))
 
         self.stem = nn.Sequential(conv(3, 32, 2, 4), nn.ReLU())
-        self.blocks = nn.ModuleList(nn.ModuleList([conv(a, b, stride), conv(b, b, 1), nn.Conv2d(a, b, 1, stride, bias=False) if a != b else nn.Identity()])
+        self.blocks = nn.ModuleList(nn.ModuleList([conv(a, b, stride), conv(b, b, 1),
+                                                   nn.Conv2d(a, b, 1, stride, bias=False) if a != b else nn.Identity()])
                                     for a, b, stride in ((32, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1), (96, 192, 2)))
         self.kinds = nn.Linear(192, 16)
 
@@ -2484,9 +1776,8 @@ def train_kind_judge(x, labels, epochs=16, batch=64):
             target, other = F.one_hot(labels[rows], 16).float(), torch.randperm(batch)
             share = torch.distributions.Beta(0.3, 0.3).sample().item()
             pictures, target = (share * t + (1 - share) * t[other] for t in (pictures, target))
-            loss = F.cross_entropy(judge(pictures.contiguous(memory_format=torch.channels_last)), target, label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()
+            F.cross_entropy(judge(pictures.contiguous(memory_format=torch.channels_last)), target, label_smoothing=0.05).backward()
             optimizer.step()
             schedule.step()
     return judge.eval()
@@ -2496,7 +1787,6 @@ def kid(a, b):
     """Kernel inception distance (Binkowski et al. 2018) of two sets of features, times 1,000: unbiased MMD², (x·y/d + 1)³."""
     def kernel(u, v):
         return (u.double() @ v.double().T / u.shape[1] + 1) ** 3
-
     aa, bb, n, m = kernel(a, a), kernel(b, b), len(a), len(b)
     return 1000 * ((aa.sum() - aa.trace()) / n / (n - 1) + (bb.sum() - bb.trace()) / m / (m - 1) - 2 * kernel(a, b).mean()).item()
 
@@ -2529,8 +1819,7 @@ def test_fine_detail_of_known_cases():
 def judge_kinds(judge, pictures, labels, real):
     """Figures of pictures (N, 3, 64, 64) whose kinds are labels: named rightly, by kind, KID to real features, diversity."""
     features = torch.cat([judge.features(some) for some in pictures.split(200)])
-    right = (judge.kinds(features).argmax(1) == labels).float()
-    units = F.normalize(features, dim=1)
+    right, units = (judge.kinds(features).argmax(1) == labels).float(), F.normalize(features, dim=1)
     return {"named rightly": right.mean().item(), "by kind": [right[labels == k].mean().item() for k in range(16)],
             "KID": kid(features, real), "diversity": cvae.diversity(units, labels), **fine_detail(pictures)}
 
@@ -2582,42 +1871,118 @@ def test_photographs_meet_the_bars(here):
     cvae.main(["evaluate", "--checkpoint", "photographs"])
     figures["table"] = table = json.loads(Path("photographs/evaluation.json").read_text())["table"]
     keep("photographs.json", figures)
-    print(json.dumps(figures, indent=2))
     real, plain, default = (figures[name] for name in ("real", "guidance 1", f"guidance {cvae.GUIDANCE:g}"))
     assert figures["minutes"] < 60 and real["named rightly"] > 0.5
     assert figures["reconstructed"]["KID"] <= 6 and plain["KID"] <= 26 and default["KID"] <= 16
     assert plain["named rightly"] >= 0.42 and default["named rightly"] >= real["named rightly"]
-    assert all(share > 0.5 * real["named rightly"] for share in default["by kind"])
-    assert default["diversity"] >= 0.85 * real["diversity"]
+    assert all(share > 0.5 * real["named rightly"] for share in default["by kind"]) and default["diversity"] >= 0.85 * real["diversity"]
     assert default["detail, smooth"] <= 1.25 * real["detail, smooth"] and default["detail"] >= 0.6 * real["detail"]
     assert table["samples, guidance 1"]["nearest"] >= 0.9 * table["photographs"]["nearest"]
+
+
+# ---- Speed, as ratios measured in one run on an idle machine (-m speed)
+
+def rate(work, images):
+    """Images per second of work()."""
+    began = time.perf_counter()
+    work()
+    return images / (time.perf_counter() - began)
+
+
+def share_of_the_machine(network, loss, shapes, batch, steps=10):
+    """A step's arithmetic per second, relative to float32 products of these shapes (m, k, n), which do most of its work: (share, images/s)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+
+    def step():
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    products, work = [(torch.randn(m, k), torch.randn(k, n)) for m, k, n in shapes], sum(2 * m * k * n for m, k, n in shapes)
+    pairs = [(rate(lambda: [step() for _ in range(steps)], batch * steps), rate(lambda: [a @ b for _ in range(20) for a, b in products], 20 * work))
+             for _ in range(5)]  # in turns: the clock of a shared machine wanders
+    return statistics.median(images * counter.get_total_flops() / batch / flops for images, flops in pairs), statistics.median(a for a, _ in pairs)
+
+
+@pytest.mark.speed
+def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
+    batch, c, width, kind = 64, torch.randn(64, 512), cvae.CONFIG["prior_width"], torch.ones(64, dtype=torch.long)
+    flow, z, x = cvae.Flow((12, 8, 8), 512, width), torch.randn(64, 12, 8, 8), torch.rand(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    vae = cvae.VAE(64, 512).to(memory_format=torch.channels_last)
+    products = [(batch * 16, inside, outside) for inside, outside in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))]
+    prior = share_of_the_machine(flow, lambda: cvae.flow_loss(flow, z, c, kind), products, batch)
+
+    def loss():
+        picture, kl = vae(x, c[:16], kind[:16])
+        return cvae.elbo_loss(picture, x, kl)
+    # a 3x3 convolution is a product of (places, 9 C) with (9 C, C)
+    store = share_of_the_machine(vae, loss, [(16 * 64, 9 * 96, 96), (16 * 256, 9 * 64, 64), (16 * 1024, 9 * 32, 12)], 16)
+    with capsys.disabled():
+        keep("arithmetic.json", {"prior, share of matrix products": prior[0], "prior, images/s": prior[1],
+                                 "VAE, share of matrix products": store[0], "VAE, images/s": store[1]})
+    assert prior[0] > 0.7 and store[0] > 0.5
+
+
+@pytest.mark.speed
+def test_prepare_is_as_fast_as_clip(here, capsys):
+    coco = SHARED
+    if not coco.exists():  # photographs of COCO's usual size
+        coco = make_coco(here / "coco", count=400)
+        for path in (coco / "val2017").iterdir():
+            Image.open(path).resize((640, 480)).save(path, quality=92)
+    big = cvae.load_clip(str(make_clip("big.pt", **VIT_B_32)))
+    photographs = cvae.read_captions(coco / "annotations/captions_val2017.json", cvae.THEMES["nature"])
+    paths = [coco / "val2017" / p["file_name"] for p in photographs if (coco / "val2017" / p["file_name"]).exists()]
+    squares = torch.randint(0, 256, (len(paths), 3, 224, 224), dtype=torch.uint8)
+    alone, prepare = zip(*((rate(lambda: [cvae.encode_images(big, part) for part in squares.split(32)], len(paths)),
+                            rate(lambda: cvae.embed_photographs(big, paths, CPU), len(paths))) for _ in range(5)))
+    captions = [caption for photograph in photographs[:64] for caption in photograph["captions"][:5]]
+    ratio = statistics.median(b / a for a, b in zip(alone, prepare))
+    with capsys.disabled():
+        keep("prepare.json", {"CLIP alone": statistics.median(alone), "prepare": statistics.median(prepare), "prepare relative to CLIP alone": ratio,
+                              "captions, in prepare": rate(lambda: cvae.encode_texts(big, captions), len(captions))})
+    assert ratio > 0.9
+
+
+@pytest.mark.speed
+def test_eight_pictures_take_little_longer_than_the_imports_and_so_does_help(world, here):
+    do(*training(world, "run", "--prior-width", cvae.CONFIG["prior_width"]))
+
+    def seconds(*command):
+        return 1 / rate(lambda: subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True), 1)
+    imports, torch_alone = ("-c", "import warnings; warnings.simplefilter('ignore'); import torch, clip"), ("-c", "import torch")
+    more = statistics.median(seconds(HERE / "cvae.py", "sample", "a sheep", "--checkpoint", "run") - seconds(*imports) for _ in range(5))
+    keep("sample.json", {"seconds beyond the imports": more})
+    assert more < 5 and min(seconds(HERE / "cvae.py", "--help") for _ in range(3)) < 1.5 * min(seconds(*torch_alone) for _ in range(3))
+
+
+PEAK = """import resource, runpy, sys; sys.argv = sys.argv[1:]
+try: runpy.run_path(sys.argv[0], run_name='__main__')
+finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
 
 
 @pytest.mark.speed
 def test_time_and_memory_grow_in_proportion(here, capsys):
     """prepare and an epoch of each part with more and more generated photographs (COUNTS="1000,4000,16000")."""
-    counts = [int(count) for count in os.environ.get("COUNTS", "1000,4000,16000").split(",")]
+    counts, figures = [int(count) for count in os.environ.get("COUNTS", "1000,4000,16000").split(",")], {}
     make_clip("clip.pt", embed_dim=512)  # ViT-B/32's: six embeddings of 512 numbers for each photograph
-    figures = {}
     for count in counts:
         root = Path(f"coco-{count}")
         (root / "val2017").mkdir(parents=True)
         for number in range(count):
             noise = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
             Image.fromarray(noise).resize((160, 128), Image.BICUBIC).save(root / f"val2017/{number}.jpg")
-        captions_file(root, [image(number, width=160, height=128) for number in range(count)],
-                      [{"image_id": number, "caption": "a sheep"} for number in range(count)])
-        commands = {"prepare": ["prepare", "--coco", root, "--split", "val2017", "--theme", "all", "--clip", "clip.pt", "--data", f"{count}.pt"],
-                    "epoch": ["train", "--data", f"{count}.pt", "--size", 128, "--epochs", 1, "--prior-epochs", 1, "--prior-width", 64, "--run", f"run-{count}"]}
-        for name, command in commands.items():
-            script = "import resource, runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nfinally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        captions_file(root, *good(count))
+        for name, command in (("prepare", f"prepare --coco {root} --split val2017 --theme all --clip clip.pt --data {count}.pt"),
+                              ("epoch", f"train --data {count}.pt --size 128 --epochs 1 --prior-epochs 1 --prior-width 64 --run run-{count}")):
             began = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", script, str(HERE / "cvae.py"), *map(str, command)], capture_output=True, text=True)
+            done = subprocess.run([sys.executable, "-c", PEAK, str(HERE / "cvae.py"), *command.split()], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             figures[f"{name}, {count}"] = {"seconds": time.perf_counter() - began, "GB": int(re.search(r"peak (\d+)", done.stdout)[1]) * 1024 / 1e9}
-    keep("growth.json", figures)
     with capsys.disabled():
-        print("\n" + json.dumps(figures, indent=2))
+        keep("growth.json", figures)
     small, large = counts[0], counts[-1]
     pixels = (large - small) * (3 * 128**2 + 6 * 512 * 4) / 1e9  # and embeddings
     for name, codes in (("prepare", 0), ("epoch", (large - small) * 4 * 12 * 16**2 * 2 / 1e9)):  # mu and sigma, mirrored and not, in float16
@@ -2627,19 +1992,13 @@ def test_time_and_memory_grow_in_proportion(here, capsys):
         assert a["GB"] + (b["GB"] - a["GB"]) / (large - small) * 118_287 < 14  # all of COCO, by the straight line
 
 
-# ---------------------------------------------------------------------------------------------------
-# What users of such tools report
+# ---- What users of such tools report: file names, another clip, consoles, arguments, other folders
 
-
-def folder_of(root, names, split="val2017", place=None, seed=0):
-    """A COCO folder whose photographs, each a grey of its own, have these names where the system can hold them.
-
-    Returns root and the grey of each name that was written.
-    """
-    place = root / split if place is None else place
-    place.mkdir(parents=True, exist_ok=True)
-    images = [{"id": number, "file_name": name, "width": 8, "height": 8} for number, name in enumerate(names)]
-    captions_file(root, images, [{"image_id": number, "caption": "a sheep"} for number in range(len(names))])
+def folder_of(root, names, split="val2017", place=None):
+    """A COCO folder whose photographs, each a grey of its own, have these names. Returns root and the grey of each name."""
+    place = root / (place or split)
+    captions_file(root, [image(number, file_name=name, width=8, height=8) for number, name in enumerate(names)],
+                  [{"image_id": number, "caption": "a sheep"} for number in range(len(names))], split)
     greys = {name: 20 + 7 * number for number, name in enumerate(names)}
     for name, grey in greys.items():
         os.makedirs(os.path.dirname(os.path.join(place, name)), exist_ok=True)
@@ -2647,140 +2006,65 @@ def folder_of(root, names, split="val2017", place=None, seed=0):
     return root, greys
 
 
-def prepare_from(root, world, *options):
-    cvae.main(["prepare", "--coco", str(root), "--split", "val2017", "--words", "sheep", "--clip", str(world / "clip.pt"), *map(str, options)])
-    data = cvae.load_data(cvae.CONFIG["data"])
-    return {int(number): grey for number, grey in zip(data["ids"], data["images"].float().mean((1, 2, 3)).round().int().tolist())}
+def prepare_from(root, world):
+    """What prepare finds in this folder: {id: grey}."""
+    do(*prepare(root, world, words=["sheep"]))
+    return {int(number): grey for number, grey in zip(prepared()["ids"], prepared()["images"].float().mean((1, 2, 3)).round().int().tolist())}
 
 
 # a name, and how an address has it (RFC 3986, by hand)
-NAMES = {"it's 1.jpg": "it%27s%201.jpg", "a,b.jpg": "a%2Cb.jpg", "img@2x.jpg": "img%402x.jpg", "a&b.jpg": "a%26b.jpg",
-         "[1] a.jpg": "%5B1%5D%20a.jpg", "p#3.jpg": "p%233.jpg", "50%25.jpg": "50%2525.jpg", "-a.jpg": "-a.jpg",
-         ".hidden.jpg": ".hidden.jpg", " a.jpg": "%20a.jpg", "what?.jpg": "what%3F.jpg", "a..b.jpg": "a..b.jpg", "...jpg": "...jpg",
-         "12:30.jpg": "12%3A30.jpg", "~a$HOME.jpg": "~a%24HOME.jpg", "été/山 🐑.jpg": "%C3%A9t%C3%A9/%E5%B1%B1%20%F0%9F%90%91.jpg",
-         "(a)=b;c!*+^`{}|<>\".jpg": "%28a%29%3Db%3Bc%21%2A%2B%5E%60%7B%7D%7C%3C%3E%22.jpg", "noending": "noending"}
+NAMES = {"it's 1.jpg": "it%27s%201.jpg", "a,b.jpg": "a%2Cb.jpg", "img@2x.jpg": "img%402x.jpg", "a&b.jpg": "a%26b.jpg", "[1] a.jpg": "%5B1%5D%20a.jpg",
+         "p#3.jpg": "p%233.jpg", "50%25.jpg": "50%2525.jpg", "-a.jpg": "-a.jpg", ".hidden.jpg": ".hidden.jpg", " a.jpg": "%20a.jpg",
+         "what?.jpg": "what%3F.jpg", "a..b.jpg": "a..b.jpg", "...jpg": "...jpg", "12:30.jpg": "12%3A30.jpg", "~a$HOME.jpg": "~a%24HOME.jpg",
+         "été/山 🐑.jpg": "%C3%A9t%C3%A9/%E5%B1%B1%20%F0%9F%90%91.jpg", "noending": "noending", "train (1)/photo.jpg": "train%20%281%29/photo.jpg",
+         "(a)=b;c!*+^`{}|<>\".jpg": "%28a%29%3Db%3Bc%21%2A%2B%5E%60%7B%7D%7C%3C%3E%22.jpg"}
 
 
-def test_ordinary_characters_in_names_are_opened_on_disk(here, world):
+def test_ordinary_characters_in_names_are_opened_on_disk_and_encoded_in_addresses(here, world, mirror, hurry):
     root, greys = folder_of(here / "coco", NAMES)
     assert prepare_from(root, world) == dict(enumerate(greys.values()))
-
-
-def test_ordinary_characters_in_names_are_encoded_in_addresses(here, world, mirror, hurry):
     shutil.rmtree(mirror.root)
-    root, greys = folder_of(mirror.root, NAMES.values(), "train2017")  # the server's files have the addresses' names
-    content = json.loads((mirror.root / "annotations/captions_val2017.json").read_text())
-    for record, name in zip(content["images"], NAMES):
-        record["file_name"] = name
-    with zipfile.ZipFile(mirror.root / "annotations/annotations_trainval2017.zip", "w") as archive:
-        archive.writestr("annotations/captions_train2017.json", json.dumps(content))
-    cvae.main(["prepare", "--mirror", mirror.url, "--words", "sheep", "--clip", str(world / "clip.pt")])
+    _, greys = folder_of(mirror.root, NAMES.values(), "train2017")  # the server's files have the addresses' names
+    mirror.archive(captions_train2017=(root / "annotations/captions_val2017.json").read_text())
+    do(*download(world, mirror, "sheep"))
     assert set(mirror.requests[1:]) == {f"/train2017/{address}" for address in NAMES.values()}
     files = {str(path.relative_to("data/coco/train2017")): path for path in Path("data/coco/train2017").rglob("*") if path.is_file()}
-    assert set(files) == set(NAMES)
-    for name, address in NAMES.items():
-        assert Image.open(files[name]).getpixel((0, 0)) == greys[address]
+    assert {name: Image.open(path).getpixel((0, 0)) for name, path in files.items()} == {name: greys[address] for name, address in NAMES.items()}
 
 
-def test_names_that_no_file_can_have_are_missing(here, world):
-    root, greys = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg"])
-    path = root / "annotations/captions_val2017.json"
-    content = json.loads(path.read_text())
-    content["images"] += [{"id": 9, "file_name": name, "width": 8, "height": 8} for name in ("x" * 300, "羊" * 90 + ".jpg", "a.jpg/b.jpg", "y/" * 3000 + "z")]
-    for number, record in enumerate(content["images"][3:], 9):
-        record["id"] = number
-        content["annotations"].append({"image_id": number, "caption": "a sheep"})
-    (root / "val2017/loop.jpg").symlink_to("loop.jpg")
-    (root / "val2017/gone.jpg").symlink_to("nothing.jpg")
-    for number, name in ((20, "loop.jpg"), (21, "gone.jpg")):
-        content["images"].append({"id": number, "file_name": name, "width": 8, "height": 8})
-        content["annotations"].append({"image_id": number, "caption": "a sheep"})
-    path.write_text(json.dumps(content))
+def test_names_that_no_file_can_have_are_missing_and_those_that_lead_elsewhere_are_refused(here, world):
+    root, _ = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg"])
+    path, val = root / "annotations/captions_val2017.json", root / "val2017"
+    (val / "loop.jpg").symlink_to("loop.jpg")
+    (val / "gone.jpg").symlink_to("nothing.jpg")
+    with edited(path) as content:
+        for number, name in enumerate(("x" * 300, "羊" * 90 + ".jpg", "a.jpg/b.jpg", "y/" * 3000 + "z", "loop.jpg", "gone.jpg"), 9):
+            content["images"].append(image(number, file_name=name))
+            content["annotations"].append({"image_id": number, "caption": "a sheep"})
     assert prepare_from(root, world) == {0: 20, 1: 27, 2: 34}
-    content["images"][3]["file_name"] = "half \ud83d.jpg"  # half an emoji, which JSON can hold and a file system can't
-    path.write_text(json.dumps(content))
-    assert "not a plain file name" in stops("prepare", "--coco", root, "--split", "val2017", "--words", "sheep", "--clip", world / "clip.pt")
+    for name in ("half \ud83d.jpg", "../escape.jpg", "/tmp/escape.jpg", "a\0b.jpg", "", "..", "a/../b.jpg", "a//b.jpg", "a/", "a\\b.jpg", "a/.",
+                 "C:b.jpg", "a/.. /b.jpg", "../../planted.png", "ok/../../../a.jpg", "a\nb", "a\x7fb", "a\x85b"):  # JSON can hold half an emoji
+        with edited(path) as content:
+            content["images"][3]["file_name"] = name
+        assert "not a plain file name" in stops(*prepare(root, world, words=["sheep"]))
 
 
 def test_links_may_lead_anywhere_but_out_of_the_folder(here, world):
-    root, greys = folder_of(here / "cache", ["a.jpg", "b.jpg", "sub/c.jpg"])
+    root, _ = folder_of(here / "cache", ["a.jpg", "b.jpg", "sub/c.jpg"])
+    val = root / "val2017"
     (here / "coco").mkdir()
     shutil.move(root / "annotations", here / "coco/annotations")
-    (here / "coco/val2017").symlink_to(root / "val2017")  # the folder is a link
-    (root / "val2017/a.jpg").rename(root / "val2017/A.jpg")
-    (root / "val2017/a.jpg").symlink_to("A.jpg")  # and a photograph is one, within the folder
+    (here / "coco/val2017").symlink_to(val)  # the folder is a link
+    (val / "a.jpg").rename(val / "A.jpg")
+    (val / "a.jpg").symlink_to("A.jpg")  # and a photograph is one, within the folder
     assert prepare_from(here / "coco", world) == {0: 20, 1: 27, 2: 34}
     for link in ("b.jpg", "sub"):
-        kept = root / "val2017" / link
-        kept.rename(here / link)
-        kept.symlink_to(here / link)
-        said = stops("prepare", "--coco", "coco", "--split", "val2017", "--words", "sheep", "--clip", world / "clip.pt")
+        (val / link).rename(here / link).with_name(link)
+        (val / link).symlink_to(here / link)
+        said = stops(*prepare("coco", world))
         assert "link" in said and str(here / link) in said and "\n" not in said
-        kept.unlink()
-        (here / link).rename(kept)
-
-
-class Seen(Exception):
-    """Carries the paths that prepare would have opened."""
-
-
-def random_name(dice):
-    pieces = ["/", "..", ".", "\\", "../", "C:", "out/", "leak.png", "planted.png", "ok/", " ", "\n", "\0", "\x7f", "\x85", "é", "山", "ش", "Ж", "🐑", "%2e%2e/",
-              "~", "'", "&", "#", "*", ":", "|", "-"]
-    letters = "abcXYZ0189"
-    return "".join(dice.choice(pieces) if dice.random() < 0.3 else dice.choice(letters) for _ in range(dice.randint(1, 9)))
-
-
-def test_a_name_leads_to_its_place_in_the_folder_or_nowhere(here, monkeypatch):
-    def see(model, paths, device):
-        raise Seen(paths)
-
-    monkeypatch.setattr(cvae, "load_clip", lambda *_: None)
-    monkeypatch.setattr(cvae, "embed_photographs", see)
-    outcomes = {"seen": 0, "refused": 0}
-    root = here / "a/b/coco"
-    for place in (here, here / "a", here / "a/b", root, here / "elsewhere"):
-        place.mkdir(parents=True, exist_ok=True)
-        if place != root:
-            Image.new("L", (8, 8), 255).save(place / "planted.png")  # white: outside
-    folder = root / "val2017"
-    folder.mkdir()
-    (folder / "out").symlink_to(here / "elsewhere")
-    (folder / "leak.png").symlink_to(here / "planted.png")
-    forced = ["../planted.png", "../../planted.png", f"{here}/planted.png", "out/planted.png", "leak.png", "ok/../../../planted.png"]
-    args = cvae.parse_arguments(["prepare", "--coco", str(root), "--split", "val2017", "--words", "sheep"])
-    for seed in range(300):
-        dice = random.Random(seed)
-        name = forced[seed] if seed < len(forced) else random_name(dice)
-        grey, there = dice.randrange(250), False
-        parts = name.split("/")
-        within = not {"", ".", "..", "out"} & set(parts) and name != "leak.png" and "\0" not in name
-        if within:  # written by plain os calls, one folder after the other
-            shutil.rmtree(folder / "ok", ignore_errors=True)
-            try:
-                os.makedirs(os.path.dirname(f"{folder}/{name}"), exist_ok=True)
-                with open(f"{folder}/{name}", "wb") as file:
-                    Image.new("L", (8, 8), grey).save(file, "PNG")
-                there = True
-            except OSError:
-                pass
-        captions_file(root, [{"id": 1, "file_name": name, "width": 8, "height": 8}], [{"image_id": 1, "caption": "a sheep"}])
-        try:
-            cvae.prepare(args)
-        except Seen as seen:
-            [path] = seen.args[0]
-            with Image.open(path) as picture:
-                assert there and picture.getpixel((0, 0)) == grey and os.path.realpath(path) == f"{folder.resolve()}/{name}", (seed, name)
-            outcomes["seen"] += 1
-        except cvae.UserError as stop:
-            assert "\n" not in str(stop), (seed, name)
-            plain = not any(unicodedata.category(c) == "Cc" or c == "\\" for c in name) and not name.startswith("C:")
-            assert not (there and plain and all(map(str.strip, parts))), (seed, name, stop)  # no name is refused for its letters
-            outcomes["refused"] += 1
-    assert min(outcomes.values()) > 60, outcomes
-
-
-# The other clip, and other spellings of CLIP
+        (val / link).unlink()
+        (here / link).rename(val / link)
 
 
 @pytest.fixture
@@ -2793,8 +2077,7 @@ def other_clip(tmp_path_factory):
 
 
 def is_help_with_clip(said):
-    return ("clip-anytorch" in said and "pip uninstall -y clip; pip install" in said and "clip-anytorch==2.6.0" in said and "\n" not in said
-            and "attribute" not in said)
+    return "clip-anytorch" in said and "pip uninstall -y clip; pip install" in said and "\n" not in said and "attribute" not in said
 
 
 @pytest.mark.parametrize("there", ["other", "none"])
@@ -2805,39 +2088,31 @@ def test_another_clip_or_none_is_explained_in_one_sentence(here, world, run_fold
     if there == "none":
         monkeypatch.setitem(sys.modules, "clip", None)
     monkeypatch.setattr(cvae, "draw_toy_world", lambda root: None)
-    for command in (["prepare", "--coco", world / "coco", "--split", "val2017", "--words", "sheep", "--clip", world / "clip.pt"],
-                    ["sample", "a sheep", "--checkpoint", run_folder], ["evaluate", "--checkpoint", run_folder], ["demo"]):
+    at = "--checkpoint", run_folder
+    for command in (prepare(world / "coco", world), ["sample", "a sheep", *at], ["evaluate", *at], ["demo"]):
         said = stops(*command)
         assert is_help_with_clip(said), said
         assert there == "none" or command == ["demo"] or str(other_clip / "clip/__init__.py") in said  # which one is there
 
 
-@pytest.mark.slow
-def test_another_clip_as_a_user_meets_it(here, world, other_clip):
-    process = subprocess.run([sys.executable, HERE / "cvae.py", "prepare", "--coco", world / "coco", "--split", "val2017", "--words", "sheep"],
-                             capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(other_clip), "OMP_NUM_THREADS": "1"})
-    assert process.returncode == 1 and is_help_with_clip(process.stderr.strip()) and "Traceback" not in process.stderr, process.stderr
-
-
-@pytest.mark.parametrize("spelling, model", [
-    ("ViT-B-32", "ViT-B/32"), ("vit-b/32", "ViT-B/32"), ("ViT-B/32-quickgelu", "ViT-B/32"), ("ViT-B-32-quickgelu", "ViT-B/32"), ("vit_b_16", "ViT-B/16"),
-    ("ViT-L-14-336", "ViT-L/14@336px"), ("rn50X64", "RN50x64"), ("ViT-L/14", "ViT-L/14"), ("RN50-quickgelu", "RN50")])
-def test_known_spellings_of_clip_are_taken(here, monkeypatch, spelling, model):
+def test_a_clip_that_is_not_there_is_one_short_sentence_and_known_spellings_are_taken(here, monkeypatch):
+    for name, nearest in {"ViT-B/99": "ViT-B/32", "ViT-H-14": "ViT-L/14", "resnet50": "RN50", "openai/clip-vit-base-patch32": "ViT-B/32",
+                          "models/clip.pt": None, "weights.pt": None, "./clip": None, "~/clip": None, "/no/clip": None}.items():
+        with pytest.raises(cvae.UserError) as stop:
+            cvae.load_clip(name)
+        said = str(stop.value)
+        assert said.startswith(f"--clip {name}: there is no such file") and len(said) < 120 and said.count(".") - name.count(".") == 1
+        assert said.endswith(f"the nearest is {nearest}." if nearest else "no such file.")
+    (here / "weights.pt").write_bytes(b"not weights")
+    with pytest.raises(cvae.UserError, match="--clip weights.pt could not be loaded"):
+        cvae.load_clip("weights.pt")
     import clip
-    asked = []
+    asked, spelled = [], {"ViT-B-32": "ViT-B/32", "vit-b/32": "ViT-B/32", "ViT-B/32-quickgelu": "ViT-B/32", "ViT-B-32-quickgelu": "ViT-B/32",
+                          "vit_b_16": "ViT-B/16", "ViT-L-14-336": "ViT-L/14@336px", "rn50X64": "RN50x64", "RN50-quickgelu": "RN50"}
     monkeypatch.setattr(clip, "load", lambda name, device: (asked.append(name), (nn.Linear(1, 1),))[1])
-    cvae.load_clip(spelling)
-    assert asked == [model]
-
-
-@pytest.mark.parametrize("name, nearest", [("ViT-B/99", "ViT-B/32"), ("ViT-H-14", "ViT-L/14"), ("resnet50", "RN50"), ("openai/clip-vit-base-patch32", "ViT-B/32"),
-                                           ("models/clip.pt", None), ("weights.pt", None), ("./clip", None), ("~/clip", None), ("/no/clip", None)])
-def test_a_clip_that_is_not_there_is_one_short_sentence(here, name, nearest):
-    with pytest.raises(cvae.UserError) as stop:
+    for name in spelled:
         cvae.load_clip(name)
-    said = str(stop.value)
-    assert said.startswith(f"--clip {name}: there is no such file") and len(said) < 120 and said.count(".") - name.count(".") == 1
-    assert said.endswith(f"the nearest is {nearest}." if nearest else "no such file.")
+    assert asked == list(spelled.values())
 
 
 # Consoles and arguments
@@ -2849,15 +2124,14 @@ def test_every_command_prints_its_names_on_every_console(here, world, monkeypatc
     root, _ = folder_of(here / "Wiese é 山", ["été 山.jpg", "c 🐑.jpg", *(f"{n}.jpg" for n in range(8))])
     (root / "val2017/été 山.jpg").write_bytes(b"no picture")
     (root / "val2017/c 🐑.jpg").unlink()
+    (here / "é 羊.png").write_bytes((root / "val2017/1.jpg").read_bytes())
     clip_path, run = shutil.copy(world / "clip.pt", here / "网络.pt"), "lauf é 山"
 
     def said(*argv):
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors, write_through=True) for errors in ("strict", "backslashreplace"))
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", out)
-            patch.setattr(sys, "stderr", err)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                cvae.main(list(map(str, argv)))
+                do(*argv)
             except SystemExit as stop:
                 print(stop.code, file=sys.stderr)
             else:
@@ -2866,12 +2140,10 @@ def test_every_command_prints_its_names_on_every_console(here, world, monkeypatc
 
     def shown(text):
         return text.encode(encoding, "replace").decode(encoding)
-
     heard = said("prepare", "--coco", root, "--split", "val2017", "--words", "sheep", "Schäfchen", "--clip", clip_path, "--data", "daten 山.pt")
-    assert shown(f"sheep, Schäfchen in {root}") in heard and shown("skipped: ") in heard and shown("été 山.jpg") in heard and "1 to judge by" in heard
+    assert all(shown(text) in heard for text in (f"sheep, Schäfchen in {root}", "skipped: ", "été 山.jpg", "1 to judge by"))
     heard = said("train", "--data", "daten 山.pt", "--epochs", 1, "--prior", "normal", "--channels", 1, "--run", run)
     assert shown(f"{run}: 6 photographs") in heard and Path(run, "best.pt").exists(), heard
-    (here / "é 羊.png").write_bytes((root / "val2017/1.jpg").read_bytes())
     heard = said("sample", "山上的羊", "é", "sheep " * 90 + "山", "--checkpoint", run, "-n", 1, "--out", "bilder é 山", "--image", "é 羊.png", "--separate")
     files = sorted(Path("bilder é 山").iterdir())
     assert len(files) == 5 and all(shown(str(path)) in heard for path in files) and "was cut" in heard
@@ -2880,26 +2152,13 @@ def test_every_command_prints_its_names_on_every_console(here, world, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding, expected", [("cp1252", "samples/??-é.png"), ("ascii", "samples/??-?.png")])
-def test_a_console_as_a_user_has_it(here, run_folder, encoding, expected):
-    process = subprocess.run([sys.executable, HERE / "cvae.py", "sample", "山上 é", "--checkpoint", run_folder, "-n", "1"], capture_output=True,
-                             env=os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"})
-    assert process.returncode == 0 and process.stdout.decode(encoding).strip() == expected and b"Traceback" not in process.stderr
-    assert [path.name for path in Path("samples").iterdir()] == ["山上-é.png"]
-
-
-def test_file_names_hold_what_the_file_system_can(here, monkeypatch):
-    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
-    assert cvae.sample_path(here, "é sheep").name == "sheep.png" and cvae.sample_path(here, "山").name == "sample.png"
-
-
-@pytest.mark.slow
-def test_a_console_without_utf8_mode(here, run_folder):
+def test_a_console_without_utf8_and_a_clip_as_a_user_has_them(here, world, run_folder, other_clip):
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
-    process = subprocess.run([sys.executable, HERE / "cvae.py", "sample", "é sheep", "--checkpoint", run_folder, "-n", "1"], capture_output=True,
-                             env=plain | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"})
-    assert process.returncode == 0 and b"Traceback" not in process.stderr, process.stderr.decode()
-    assert process.stdout.decode().strip() == "samples/sheep.png" and Path("samples/sheep.png").exists()  # what an ASCII file system can hold
+    done = start("sample", "é sheep", "--checkpoint", run_folder, env=plain | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 0 and "Traceback" not in done.stderr and done.stdout.strip() == "samples/sheep.png"
+    assert os.listdir("samples") == ["sheep.png"]
+    done = start(*prepare(world / "coco", world), env=os.environ | {"PYTHONPATH": str(other_clip)})
+    assert done.returncode == 1 and is_help_with_clip(done.stderr.strip()) and "Traceback" not in done.stderr, done.stderr
 
 
 def undecoded(text, encoding="utf-8"):
@@ -2908,88 +2167,55 @@ def undecoded(text, encoding="utf-8"):
 
 
 def test_arguments_are_decoded_or_refused(here, world, run_folder, monkeypatch, capsys):
-    labels = []
+    labels, latin, name, out = [], undecoded("é", "latin-1"), undecoded("é.png", "latin-1"), undecoded("Bildér", "latin-1")
+    Image.new("RGB", (8, 8)).save(here / "a.png")
+    os.rename("a.png", name)  # bytes that are no text are names, though
+    do("sample", "--image", name, "--checkpoint", run_folder, "-n", 1, "--out", out)
+    assert capsys.readouterr().out.strip() == "Bild?r/variations-of-png.png" and (here / out / "variations-of-png.png").exists()
+    cvae.save_grid(here / "b.png", [torch.zeros(1, 3, 8, 8)], ["a caption that ends in half an emoji \ud83d"])
     monkeypatch.setattr(cvae, "save_grid", lambda path, rows, texts: labels.extend(texts))
-    cvae.main(["sample", undecoded("山 é"), "a sheep", "--checkpoint", str(run_folder), "-n", "1"])
-    assert labels == ["山 é", "a sheep"]
-    assert "é山" in stops("prepare", "--words", undecoded("é山"), "--coco", world / "coco", "--split", "val2017", "--clip", world / "clip.pt")
+    do("sample", undecoded("山 é"), "a sheep", "--checkpoint", run_folder, "-n", 1)
+    assert labels == ["山 é", "a sheep"] and "é山" in stops(*prepare(world / "coco", world, words=[undecoded("é山")]))
     capsys.readouterr()
-    for argv in (["sample", undecoded("é", "latin-1")], ["prepare", "--words", "sheep", undecoded("é", "latin-1")], ["sample", "half \ud83d"]):
+    for argv in (["sample", latin], ["prepare", "--words", "sheep", latin], ["sample", "half \ud83d"]):
         with pytest.raises(SystemExit) as stop:
             cvae.main(argv)
         [said] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
         assert stop.value.code == 2 and re.search(r"(PROMPT|--words): invalid text value: '.*\\u", said), said
 
 
-def test_names_of_bytes_that_are_no_text_are_drawn_and_printed(here, run_folder, capsys):
-    name = undecoded("é.png", "latin-1")
-    Image.new("RGB", (8, 8)).save(here / "a.png")
-    os.rename("a.png", name)
-    cvae.main(["sample", "--image", name, "--checkpoint", str(run_folder), "-n", "1", "--out", undecoded("Bildér", "latin-1")])
-    assert capsys.readouterr().out.strip() == "Bild?r/variations-of-png.png" and (here / undecoded("Bildér", "latin-1") / "variations-of-png.png").exists()
-    cvae.save_grid(here / "b.png", [torch.zeros(1, 3, 8, 8)], ["a caption that ends in half an emoji \ud83d"])
-
-
-# Captions files of other layouts, commas, other folders
-
-
-@pytest.mark.parametrize("content, words", [
-    ('{"images": [{"filename": "a.jpg", "sentences": [{"raw": "a sheep"}]}], "dataset": "coco"}', "Karpathy"),
-    ('[{"image_id": 1, "caption": "a sheep"}]', "list, as of results"), ("[]", "list, as of results"),
-    ('{"image": "a.jpg", "caption": "a sheep"}\n{"image": "b.jpg", "caption": "a cow"}\n', "JSON lines"),
-    ('{"image": "a.jpg", "caption": "a sheep"}', "without a list of images"), ('{"annotations": []}', "without a list of images"),
-    ('{"images": []}', "without a list of annotations"), ('{"images": [], "annotations": {}}', "without a list of annotations"),
-    ('{"images": [', "cut short"), ("", "no JSON"), ("\u00ff\ud800", "no JSON"), ("[" * 100_000, "no JSON"), ("7", "without a list of images"), ("null", "without")])
-def test_captions_files_of_other_layouts_are_named_without_an_exception(here, content, words):
-    (here / "captions.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(cvae.UserError) as stop:
-        cvae.read_captions(here / "captions.json", ["sheep"])
-    said = str(stop.value)
-    assert words in said and "is not a COCO captions file" in said and "\n" not in said and not re.search(r"Error|indices|None|Expecting|codec", said), said
-
-
-def test_a_comma_between_words_earns_a_hint(here):
+def test_words_that_match_nothing_are_named_and_a_comma_between_them_earns_a_hint(here):
     path = captions_file(here, [image(1)], [{"image_id": 1, "caption": "a sheep, far away"}])
-    for words in (["sheep,cow"], ["sheep,cow", "sheep"], ["cow,", "horse"]):
-        with pytest.raises(cvae.UserError, match=f"mentions any of: {words[0]}. Separate words by spaces, not by commas."):
+    comma = "Separate words by spaces, not by commas."
+    for words, said in ((["sheep,cow"], f"sheep,cow. {comma}"), (["cow,", "horse"], f"cow,, horse. {comma}"), (["cow", "horse"], "cow, horse."),
+                        (["zebra(.*"], "zebra(.*.")):
+        with pytest.raises(cvae.UserError, match=f"mentions any of: {re.escape(said)}$"):
             cvae.read_captions(path, words)
     assert len(cvae.read_captions(path, ["sheep, far"])) == len(cvae.read_captions(path, ["sheep,", "cow"])) == 1  # where it matches, it is meant
-    with pytest.raises(cvae.UserError, match="of: cow, horse.$"):
-        cvae.read_captions(path, ["cow", "horse"])
 
 
 @pytest.mark.parametrize("place", ["val2017", "images/val2017", "images", "."])
 @pytest.mark.parametrize("captions", ["annotations", "."])
 def test_photographs_and_captions_in_the_usual_other_places(here, world, capsys, place, captions):
-    root, greys = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg"], place=here / "coco" / place)
-    name = "captions_val2017.json"
-    shutil.move(root / "annotations" / name, root / captions / name)
+    root, _ = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], place=place)
+    shutil.move(root / "annotations/captions_val2017.json", root / captions / "captions_val2017.json")
     (root / place / "a.jpg").unlink()  # the first one alone is no evidence
-    Image.new("L", (8, 8), 99).save(root / place / "b2.jpg")
-    shutil.move(root / place / "b2.jpg", root / place / "a.jpg")
-    assert prepare_from(root, world) == {0: 99, 1: 27, 2: 34}
+    assert prepare_from(root, world) == {1: 27, 2: 34, 3: 41}
     said = capsys.readouterr().out
-    assert f"3 are in {root / place}, 0 are missing" in said and f"in {root / captions / name};" in said
-
-
-def test_a_place_that_is_searched_in_vain_is_named(here, world):
-    root, _ = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg"], place=here / "coco/photos")
-    said = stops("prepare", "--coco", root, "--split", "val2017", "--words", "sheep", "--clip", world / "clip.pt")
+    assert f"3 are in {root / place}, 1 are missing" in said and f"in {root / captions / 'captions_val2017.json'};" in said
+    shutil.rmtree(root / place, ignore_errors=True)  # and places that are searched in vain are named
+    captions_file(root, [image(1)], [{"image_id": 1, "caption": "a sheep"}])
+    said = stops(*prepare(root, world))
+    assert re.match("None of the . photographs", said) and "\n" not in said
     for place in (root / "val2017", root / "images/val2017", root / "images", root):
         assert re.search(rf"(in|or) {re.escape(str(place))}( or|\.$)", said), (place, said)
-    assert "None of the 3 photographs" in said and "\n" not in said
 
 
-# ---------------------------------------------------------------------------------------------------
-# On a real card: python -m pytest -m gpu -s. Each figure is printed, and in $OUT/gpu.json, as soon as it is there
-
+# ---- On a real card: python -m pytest -m gpu -s. Each figure is printed, and in $OUT/gpu.json, as soon as it is there
 
 OUT = Path(os.environ.get("OUT") or KEPT).resolve()
 FOLDER = Path(os.environ.get("PHOTOGRAPHS") or PHOTOGRAPHS).resolve()  # ours to judge by
-needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA card")
 SECONDS, BEGAN = 460, []  # of all together
-VIT_B_32 = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32,
-                transformer_width=512, transformer_heads=8, transformer_layers=12)
 
 
 def tell(name, figure):
@@ -3046,13 +2272,12 @@ def training_steps(model, size, device, dtype, compile, stages=("vae", "prior"),
         def step():
             cvae.take_step(networks, optimizer, scaler, loss(torch.randint(count, (batch,), device=device), 0.5), 1e-4)
             cvae.update_ema(ema, networks, 1000)
-
         steps[stage] = step, batch
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cvae, "fit", catch)
         for stage in stages:
-            getattr(cvae, f"train_{stage}")(cvae.Run(Path("."), config, data, images, device, dtype, models, {"vae": [{}, {"loss": 0.0, "psnr": 0.0}]}))
+            history = {"vae": [{}, {"loss": 0.0, "psnr": 0.0}]}
+            getattr(cvae, f"train_{stage}")(cvae.Run(Path("."), config, data, images, device, dtype, models, history))
     return steps
 
 
@@ -3093,7 +2318,6 @@ def time_of_sample(device):
     def best(*command):
         run = functools.partial(subprocess.run, [sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
         return min(timed(run, torch.device("cpu")) for _ in range(2))
-
     whole = best(str(HERE / "cvae.py"), "sample", "sheep", "--checkpoint", "r", "--device", device.type)
     tell("sample of eight, seconds beyond the imports", round(whole - best("-c", "import torch, clip"), 2))
 
@@ -3144,31 +2368,31 @@ def card(tmp_path_factory):
     os.chdir(before)
 
 
-@needs_card
-@pytest.mark.gpu
+def on_card(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA card")(test))
+
+
+@on_card
 def test_every_command_on_the_card(card):
     tell("card", f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
     every_command(card, 200)
 
 
-@needs_card
-@pytest.mark.gpu
+@on_card
 def test_throughput_on_the_card(card):
     kinds = [("base", 128), ("base", 64), ("small", 128), ("small", 64)]
     throughput(card, [*((*kind, torch.bfloat16, False) for kind in kinds), ("base", 128, torch.float16, False),
                       *((*kind, torch.bfloat16, True) for kind in kinds), ("base", 128, torch.float16, True)])
 
 
-@needs_card
-@pytest.mark.gpu
+@on_card
 def test_sample_and_prepare_on_the_card(card):
     time_of_sample(card)
     speed_of_prepare(card, 400, VIT_B_32)
 
 
-@needs_card
+@on_card
 @pytest.mark.skipif(not FOLDER.exists(), reason=f"{FOLDER} is not on this machine")
-@pytest.mark.gpu
 def test_photographs_on_the_card(card):
     train_and_judge(card, FOLDER, "base", max(30, min(240, time_left() - 100)))
 
