@@ -935,59 +935,50 @@ def compute_metrics(images, own, texts, reference, training, asked=slice(None)):
 #     python cvae.py evaluate --guidance 4
 
 # %% Appendix A. A toy world --------------------------------------------------------------------------
-# Everything above, for those without COCO, CLIP's weights or a GPU: pastures drawn with a few ellipses,
-# written as a COCO folder, and a miniature CLIP trained on them, written as a CLIP weights file. From
-# there on `demo` calls the same prepare, train, sample and evaluate as everyone else.
+# For those without COCO, CLIP's weights or a GPU: a COCO folder of pastures drawn with a few ellipses, and a
+# miniature CLIP trained on them. `demo` gives both to the usual commands.
 
-SUBJECTS = {"sheep": ("a sheep", "two sheep", "three sheep"), "cow": ("a cow", "two cows", "three cows"),
-            "horse": ("a horse", "two horses", "three horses")}
+SUBJECTS = {"sheep": "sheep", "cow": "cows", "horse": "horses"}
 GROUNDS = {"grass": ("on green grass", "in a meadow"), "snow": ("in the snow", "on a snowy field"),
            "field": ("on a bare field", "on brown earth")}
 SKIES = {"blue": ("under a blue sky", "on a sunny day"), "grey": ("under a grey sky", "on a cloudy day"),
          "sunset": ("at sunset", "under a red evening sky"), "night": ("at night", "under the stars")}
-RELIEFS = {"hills": ("with hills behind", "below a hill"),
-           "mountains": ("in front of mountains", "in the mountains")}
+RELIEFS = {"hills": ("with hills behind", "below a hill"), "mountains": ("in front of mountains", "in the mountains")}
 # never drawn, neither for CLIP nor for the VAE: what the model makes of these, it composed by itself
-UNSEEN = [("cow", "snow", "sunset"), ("sheep", "field", "night"), ("horse", "grass", "grey"),
-          ("sheep", "snow", "blue")]
+UNSEEN = [("cow", "snow", "sunset"), ("sheep", "field", "night"), ("horse", "grass", "grey"), ("sheep", "snow", "blue")]
 # of the sky the colours at the top and at the horizon
 SKY_COLOURS = {"blue": ((60, 130, 225), (175, 215, 245)), "grey": ((135, 140, 146), (190, 193, 196)),
                "sunset": ((120, 70, 130), (255, 160, 70)), "night": ((8, 12, 40), (38, 48, 100))}
 GROUND_COLOURS = {"grass": (84, 158, 52), "snow": (236, 241, 249), "field": (156, 108, 62)}
 LIGHT = {"blue": (1, 1, 1), "grey": (0.9, 0.9, 0.92), "sunset": (1, 0.86, 0.78), "night": (0.56, 0.6, 0.72)}
-# An animal: three colours (coat, dark, pale), where its legs begin, and shapes of one of these colours, in
-# units of its width, y upwards negative. Four numbers are an ellipse (centre, radii), more a polygon.
+# An animal: three colours (coat, dark, pale), where its legs begin, and shapes of one of these colours, in units of its
+# width, y upwards negative. Two points are the box of an ellipse, more are a polygon.
 ANIMALS = {
-    "sheep": (((246, 240, 222), (30, 28, 28), (225, 216, 196)), -0.3, [
-        (0, -.28, -.38, .19, .16), (0, -.12, -.46, .19, .16), (0, .08, -.47, .19, .16),
-        (0, .24, -.4, .19, .16), (0, -.2, -.3, .19, .16), (0, 0, -.3, .19, .16), (0, .18, -.3, .19, .16),
-        (0, 0, -.36, .34, .18), (2, -.08, -.3, .2, .07), (1, .43, -.47, .1, .13), (1, .36, -.56, .08, .04),
-        (0, .36, -.6, .08, .06)]),
-    "cow": (((158, 72, 36), (110, 48, 24), (250, 246, 238)), -0.34, [
-        (0, 0, -.44, .4, .19), (0, -.36, -.56, .34, -.58, .36, -.34, -.36, -.32), (2, -.18, -.5, .12, .1),
-        (2, .12, -.4, .1, .08), (1, -.39, -.52, -.43, -.5, -.44, -.18, -.41, -.18),
-        (0, .26, -.6, .42, -.68, .46, -.5, .3, -.4), (0, .46, -.56, .1, .12), (2, .5, -.48, .07, .06),
-        (2, .38, -.66, .36, -.78, .43, -.67), (2, .47, -.66, .52, -.77, .52, -.64)]),
-    "horse": (((44, 34, 32), (20, 16, 16), (90, 74, 66)), -0.46, [
-        (0, 0, -.56, .36, .16), (0, .18, -.6, .36, -.98, .48, -.9, .34, -.48),
-        (1, .12, -.66, .32, -1, .38, -.98, .24, -.6), (0, .34, -.98, .44, -1, .62, -.8, .56, -.72, .4, -.84),
-        (1, .36, -.98, .38, -1.08, .42, -.98), (1, -.32, -.64, -.46, -.56, -.48, -.22, -.38, -.3)])}
+    "sheep": (((246, 240, 222), (30, 28, 28), (225, 216, 196)), -.3, [(0, -.47, -.54, -.09, -.22),
+        (0, -.31, -.62, .07, -.3), (0, -.11, -.63, .27, -.31), (0, .05, -.56, .43, -.24), (0, -.39, -.46, -.01, -.14),
+        (0, -.19, -.46, .19, -.14), (0, -.01, -.46, .37, -.14), (0, -.34, -.54, .34, -.18), (2, -.28, -.37, .12, -.23),
+        (1, .33, -.6, .53, -.34), (1, .28, -.6, .44, -.52), (0, .28, -.66, .44, -.54)]),
+    "cow": (((158, 72, 36), (110, 48, 24), (250, 246, 238)), -.34, [(0, -.4, -.63, .4, -.25),
+        (0, -.36, -.56, .34, -.58, .36, -.34, -.36, -.32), (2, -.3, -.6, -.06, -.4), (2, .02, -.48, .22, -.32),
+        (1, -.39, -.52, -.43, -.5, -.44, -.18, -.41, -.18), (0, .26, -.6, .42, -.68, .46, -.5, .3, -.4),
+        (0, .36, -.68, .56, -.44), (2, .43, -.54, .57, -.42), (2, .38, -.66, .36, -.78, .43, -.67),
+        (2, .47, -.66, .52, -.77, .52, -.64)]),
+    "horse": (((44, 34, 32), (20, 16, 16), (90, 74, 66)), -.46, [(0, -.36, -.72, .36, -.4),
+        (0, .18, -.6, .36, -.98, .48, -.9, .34, -.48), (1, .12, -.66, .32, -1, .38, -.98, .24, -.6),
+        (0, .34, -.98, .44, -1, .62, -.8, .56, -.72, .4, -.84), (1, .36, -.98, .38, -1.08, .42, -.98),
+        (1, -.32, -.64, -.46, -.56, -.48, -.22, -.38, -.3)])}
 
 
-def draw_animal(draw, kind, x, y, width, facing, light):
-    """Draw an animal that stands at (x, y), `width` pixels long, facing -1 (left) or 1 (right)."""
-    colours, leg_top, shapes = ANIMALS[kind]
-    legs = [(1, leg - .04, leg_top, leg + .04, leg_top, leg + .035, 0, leg - .035, 0)
-            for leg in (-.3, -.17, .17, .3)]
+def draw_animal(draw, kind, place, width, facing, shade):
+    """Draw an animal that stands at `place` (x, y), `width` pixels long, facing -1 (left) or 1 (right)."""
+    (x, y), (colours, leg_top, shapes) = place, ANIMALS[kind]
+    legs = [(1, leg - .04, leg_top, leg + .04, leg_top, leg + .035, 0, leg - .035, 0) for leg in (-.3, -.17, .17, .3)]
     for colour, *numbers in legs + shapes:
-        fill = tuple(int(value * factor) for value, factor in zip(colours[colour], light))
-        if len(numbers) == 4:
-            cx, cy, rx, ry = (number * width for number in numbers)
-            cx, cy = x + facing * cx, y + cy
-            draw.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), fill=fill)
+        xs, ys = [x + facing * width * px for px in numbers[::2]], [y + width * py for py in numbers[1::2]]
+        if len(xs) == 2:
+            draw.ellipse((min(xs), ys[0], max(xs), ys[1]), shade(colours[colour]))
         else:
-            corners = zip(numbers[::2], numbers[1::2])
-            draw.polygon([(x + facing * px * width, y + py * width) for px, py in corners], fill=fill)
+            draw.polygon(list(zip(xs, ys)), shade(colours[colour]))
 
 
 def draw_pasture(scene, seed):
@@ -1001,11 +992,11 @@ def draw_pasture(scene, seed):
     picture = Image.fromarray(rows.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
 
-    def shade(colour, factor=1.0):
-        return tuple(min(255, int(value * tint * factor)) for value, tint in zip(colour, light))
+    def shade(colour, factor=1.0):  # a colour in this light
+        return tuple(int(value * tint * factor) for value, tint in zip(colour, light))
 
     def disc(x, y, r, colour, flat=1.0):  # in units of the picture
-        draw.ellipse([SIZE * v for v in (x - r, y - r * flat, x + r, y + r * flat)], fill=colour)
+        draw.ellipse([SIZE * v for v in (x - r, y - r * flat, x + r, y + r * flat)], colour)
 
     if sky == "night":
         for number in range(16):  # the same stars every night
@@ -1023,29 +1014,26 @@ def draw_pasture(scene, seed):
             x, height = (place + variant) % 1 * SIZE, height * SIZE
             for part, colour in ((1, (106, 112, 132)), (0.3, (240, 243, 248))):  # rock, then a snowy top
                 foot, half = horizon - (1 - part) * height, 1.2 * part * height
-                draw.polygon([(x - half, foot), (x, horizon - height), (x + half, foot)], fill=shade(colour))
+                draw.polygon([(x - half, foot), (x, horizon - height), (x + half, foot)], shade(colour))
     else:
         for layer, factor in ((0.09, 0.72), (0.04, 0.84)):
-            phase = 6.3 * (variant + 5 * layer)
-            line = [(x, horizon - layer * SIZE * (1 + 0.8 * math.sin(phase + 18 * x / SIZE)))
-                    for x in range(0, SIZE + 4, 4)]
-            draw.polygon([*line, (SIZE, SIZE), (0, SIZE)], fill=shade(earth, factor))
-    draw.rectangle((0, horizon, SIZE, SIZE), fill=shade(earth))
-    width = (0.56, 0.44, 0.34)[count - 1] * SIZE
-    for place in {1: [0.32 if side == "left" else 0.68], 2: [0.26, 0.74], 3: [0.18, 0.5, 0.82]}[count]:
-        x, y = (place + dice.uniform(-0.015, 0.015)) * SIZE, dice.uniform(0.87, 0.9) * SIZE
-        draw_animal(draw, animal, x, y, width, 1 if side == "left" else -1, light)
+            xs, phase = range(0, SIZE + 4, 4), 6.3 * (variant + 5 * layer)
+            line = [(x, horizon - layer * SIZE * (1 + 0.8 * math.sin(phase + 18 * x / SIZE))) for x in xs]
+            draw.polygon([*line, (SIZE, SIZE), (0, SIZE)], shade(earth, factor))
+    draw.rectangle((0, horizon, SIZE, SIZE), shade(earth))
+    for x in {1: [0.32 if side == "left" else 0.68], 2: [0.26, 0.74], 3: [0.18, 0.5, 0.82]}[count]:
+        place = (x + dice.uniform(-0.015, 0.015)) * SIZE, dice.uniform(0.87, 0.9) * SIZE
+        draw_animal(draw, animal, place, (0.56, 0.44, 0.34)[count - 1] * SIZE, 1 if side == "left" else -1, shade)
     return picture
 
 
 def caption_pasture(scene, dice):
     """Five captions of a scene, the first one the shortest full description."""
     animal, ground, sky, relief, count, side = scene
-    subject, where = SUBJECTS[animal][count - 1], f"on the {side}" if count == 1 else "side by side"
-    words = GROUNDS[ground], SKIES[sky], RELIEFS[relief]
-    grounds, skies, reliefs = (dice.sample(both, 2) for both in words)
-    return [f"{subject} {GROUNDS[ground][0]} {SKIES[sky][0]}",
-            f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
+    subject = (f"a {animal}", f"two {SUBJECTS[animal]}", f"three {SUBJECTS[animal]}")[count - 1]
+    where = f"on the {side}" if count == 1 else "side by side"
+    grounds, skies, reliefs = (dice.sample(both, 2) for both in (GROUNDS[ground], SKIES[sky], RELIEFS[relief]))
+    return [f"{subject} {GROUNDS[ground][0]} {SKIES[sky][0]}", f"{subject} {grounds[0]} {skies[0]}, {reliefs[0]}",
             f"{subject} {skies[1]}, {where}, {grounds[1]}", f"{subject} {grounds[0]} {reliefs[1]}",
             f"{skies[0]}, {subject} {grounds[1]}"]
 
@@ -1061,7 +1049,7 @@ def random_scene(dice):
 def draw_toy_world(root, count=3000):
     """Write the toy world as a COCO folder: root/toy/*.jpg and root/annotations/captions_toy.json."""
     dice, images, annotations = random.Random(0), [], []
-    for number in tqdm(range(count), desc="drawing pastures", unit="img"):
+    for number in tqdm(range(count), "drawing pastures", unit="img"):
         scene, name = random_scene(dice), f"{number:012}.jpg"
         with atomic(root / "toy" / name) as temporary:
             draw_pasture(scene, seed=number).save(temporary, quality=95)
@@ -1077,17 +1065,15 @@ def train_toy_clip(root, path, steps=400, batch=128):
     from clip.model import CLIP
     photographs = read_captions(root / "annotations/captions_toy.json", SUBJECTS)
     pixels = torch.stack([centre_square(load_image(root / "toy" / p["file_name"], 48), 48)
-                          for p in tqdm(photographs, desc="reading pastures", unit="img")])
+                          for p in tqdm(photographs, "reading pastures", unit="img")])
     pixels = (pixels / 255 - CLIP_MEAN) / CLIP_STD                                      # (N, 3, 48, 48)
-    texts = [caption for p in photographs for caption in p["captions"]]
-    tokens = clip.tokenize(texts, 24).view(len(photographs), CAPTIONS, 24)              # (N, 5, 24)
+    tokens = clip.tokenize([caption for p in photographs for caption in p["captions"]], 24).view(-1, CAPTIONS, 24)
     torch.manual_seed(0)
     model = CLIP(embed_dim=32, image_resolution=48, vision_layers=2, vision_width=64, vision_patch_size=8,
-                 context_length=24, vocab_size=49408, transformer_width=64, transformer_heads=1,
-                 transformer_layers=1)
+                 context_length=24, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    for _ in tqdm(range(steps), desc="training a miniature CLIP"):
+    for _ in tqdm(range(steps), "training a miniature CLIP"):
         index, target = torch.randint(len(pixels), (batch,)), torch.arange(batch)
         # every picture against every caption of the batch: the pairs are on the diagonal
         logits, _ = model(pixels[index], tokens[index, torch.randint(CAPTIONS, (batch,))])  # (n, n)
@@ -1106,26 +1092,22 @@ def choose_device(request=None):
     """The device that was asked for, or the fastest that PyTorch sees; under torchrun each process has its own."""
     available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if request and request not in available:
-        raise UserError(f"PyTorch sees no {request} device here; --device takes one of: {', '.join(available)}.")
+        raise UserError(f"PyTorch sees no {request} device here; --device takes: {', '.join(available)}.")
     name = request or available[0]
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 def choose_precision(device, request=None):
-    """The number format of convolutions and matrix products, by default the fastest that serves.
-
-    float16 is what an older card (Colab's T4) computes fast; its range is small, so fit scales the loss.
-    """
+    """The number format of convolutions and matrix products, by default the fastest that serves."""
     possible = {"cuda": ["bfloat16", "float16", "float32"], "mps": ["float32"],
                 "cpu": ["float32", "bfloat16", "float16"]}[device.type]
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        possible.remove("bfloat16")  # a T4 only emulates it, slowly
+        possible.remove("bfloat16")  # an older card (Colab's T4) only emulates it, slowly
     capable = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
     if device.type == "cpu" and capable and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         possible = ["bfloat16", "float32", "float16"]  # it has the instructions, and PyTorch may use them
     if request and request not in possible:
-        raise UserError(f"This {device.type} device can't compute in {request}; --precision takes one of: "
-                        f"{', '.join(possible)}.")
+        raise UserError(f"This {device.type} can't compute in {request}; --precision takes: {', '.join(possible)}.")
     return getattr(torch, request or possible[0])
 
 
@@ -1143,8 +1125,8 @@ def compiled(network, run):
     return torch.compile(network)
 
 
-# Several processes: `torchrun --nproc_per_node N -- cvae.py train ...`. Each takes its share of every batch, and all
-# take the same step, along the mean of their gradients. The first one writes and prints.
+# `torchrun --nproc_per_node N -- cvae.py train ...` starts several processes. Each takes its share of every batch, and
+# all take the same step, along the mean of their gradients. The first one writes and prints.
 
 def processes():
     """Which process this is, and how many there are: (0, 1) without torchrun."""
@@ -1184,11 +1166,10 @@ def several_processes(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-        if dist.get_rank() > 0:
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        yield
+    with open(os.devnull, "w") as nowhere:
+        out, err = (nowhere, nowhere) if dist.get_rank() > 0 else (sys.stdout, sys.stderr)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
     dist.destroy_process_group()
 
 
@@ -1205,10 +1186,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Give a temporary path beside `path`; rename it to `path` only if the block succeeds.
-
-    A rename within a folder is atomic: a reader meets the old file or the new one, never half of one.
-    """
+    """A temporary path, renamed to `path` if the block succeeds: nobody ever meets half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
@@ -1219,18 +1197,18 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def must_be_writable(folder, file=None):
-    """Try to write before the work, not after it. Raises UserError with the real reason."""
+def must_be_writable(path):
+    """Raise UserError before the work, not after it, if no file can be written at `path`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise UserError(f"Nothing can be written in {folder}: {error.strerror}.") from error
-    if file and file.is_dir():
-        raise UserError(f"{file} is a folder, not a file that could be written.")
+        raise UserError(f"Nothing can be written in {path.parent}: {error.strerror}.") from error
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a file that could be written.")
 
 
-VERSIONS = {"data file": 3, "checkpoint": 8}  # of the two kinds of files that save writes and load reads
+VERSIONS = {"data file": 3, "checkpoint": 9}  # of the two kinds of files that save writes and load reads
 
 
 def save(content, path, kind):
@@ -1239,15 +1217,11 @@ def save(content, path, kind):
         with atomic(path) as temporary:
             torch.save({"kind": kind, "version": VERSIONS[kind], **content}, temporary)
     except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
-        raise UserError(f"{path} could not be written ({first_line(error)}). What was there before is "
-                        "untouched; free some disk space and run the same command again.") from error
+        raise UserError(f"{path} could not be written ({first_line(error)}); the old one is untouched.") from error
 
 
 def load(path, kind):
-    """Read a file that `save` wrote and check that it is of this kind and of today's version.
-
-    weights_only=True runs no code, whatever the file holds. mmap=True reads pages when they are first touched.
-    """
+    """Read a file that `save` wrote. weights_only runs no code from it; mmap reads pages when they are touched."""
     anew = f"python cvae.py {'prepare' if kind == 'data file' else 'train'}"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -1257,17 +1231,19 @@ def load(path, kind):
     except FileNotFoundError:
         raise UserError(f"There is no {kind} at {path}; make one first: {anew}") from None
     except Exception as error:  # torch reports damage with half a dozen exception types
-        raise UserError(f"{path} is no readable {kind}: damaged, cut short, or not written by this program "
-                        f"({first_line(error)}).") from error
+        raise UserError(f"{path} is no readable {kind} ({first_line(error)}).") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} of this program.")
     if content["version"] != VERSIONS[kind]:
-        raise UserError(f"{path} is a {kind} of version {content['version']}; this program reads version "
-                        f"{VERSIONS[kind]}. Make it anew: {anew}")
+        raise UserError(f"{path} is of version {content['version']}, not {VERSIONS[kind]}; make it anew: {anew}")
     return content
 
 
 # Reading captions, photographs and CLIP ------------------------------------------------------------
+
+# A name from a file is a place below a folder: no drive, no part that is empty or .., no . at the end
+UNSAFE_NAME = re.compile(r"^[A-Za-z]:|[\\\0-\x1f\x7f-\x9f\ud800-\udfff]|(^|/)(\s*(\.\.)?\s*(/|$)|\.$)")
+
 
 def as_id(value):
     """An id as text, so that 7, 7.0 and "7" are the same photograph. Names are ids, too."""
@@ -1277,31 +1253,34 @@ def as_id(value):
 
 
 def read_records(path):
-    """Images and annotations of a COCO captions file; those that can't be read are counted and left out."""
+    """Images and annotations of a COCO captions file; a few that can't be read are counted and left out."""
     try:
         content = json.loads(text := Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"There is no captions file at {path}; see --coco and --split.") from None
     except (ValueError, RecursionError) as error:
-        kind = "in JSON lines" if "Extra data" in str(error) else "no JSON, or damaged, or cut short"
-        raise UserError(f"{path} is not a COCO captions file: it is {kind}.") from error
-    listed = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
-    if not all(isinstance(records, list) for records in listed):
-        missing = "annotations" if isinstance(listed[0], list) else "images"
-        kind = ("a list, as of results" if isinstance(content, list) else "the Karpathy split, images with "
-                "sentences" if b'"sentences"' in text else f"without a list of {missing}")
-        raise UserError(f"{path} is not a COCO captions file: it is {kind}.")
-    fields = {field for record in listed[1] if isinstance(record, dict) for field in record}
-    if "caption" not in fields and "category_id" in fields:
+        layout = "in JSON lines" if "Extra data" in str(error) else "no JSON, or damaged, or cut short"
+        raise UserError(f"{path} is not a COCO captions file: it is {layout}.") from error
+    parts = content if isinstance(content, dict) else {}
+    missing = [key for key in ("images", "annotations") if not isinstance(parts.get(key), list)]
+    if missing:
+        layout = ("a list, as of results" if isinstance(content, list) else "the Karpathy split, images with sentences"
+                  if b'"sentences"' in text else f"without a list of {missing[0]}")
+        raise UserError(f"{path} is not a COCO captions file: it is {layout}.")
+    fields = {field for record in parts["annotations"] if isinstance(record, dict) for field in record}
+    if "category_id" in fields and "caption" not in fields:
         raise UserError(f"{path} holds COCO's instances (outlines), not captions; take captions_... beside it.")
-    images, annotations, total = [], [], len(listed[0]) + len(listed[1])
+    images, annotations, total = [], [], len(parts["images"]) + len(parts["annotations"])
     unreadable = contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError)
-    for record in listed[0]:
+    for record in parts["images"]:
         with unreadable:
-            size = int(record["width"]), int(record["height"])
-            if min(size) > 0 and isinstance(record["file_name"], str):
-                images.append({"id": as_id(record["id"]), "file_name": record["file_name"], "size": size})
-    for record in listed[1]:
+            name, size = record["file_name"], (int(record["width"]), int(record["height"]))
+            image = {"id": as_id(record["id"]), "file_name": name, "size": size}
+            if min(size) > 0:
+                if UNSAFE_NAME.search(name):
+                    raise UserError(f"{path} names a photograph {name!r}, which is not a plain file name.")
+                images.append(image)
+    for record in parts["annotations"]:
         with unreadable:
             if caption := record["caption"].strip():
                 annotations.append({"image_id": as_id(record["image_id"]), "caption": caption})
@@ -1310,10 +1289,6 @@ def read_records(path):
         raise UserError(f"{path} is not a COCO captions file: {bad} of its {total} records can't be read.")
     if bad:
         print(f"{bad} of {total} records in {path} lack an id, caption, name or size: skipped.")
-    # a name from a file is a place below a folder: no drive, no part that is empty or .., no . at the end
-    for name in (image["file_name"] for image in images):
-        if re.search(r"^[A-Za-z]:|[\\\0-\x1f\x7f-\x9f\ud800-\udfff]|(^|/)(\s*(\.\.)?\s*(/|$)|\.$)", name):
-            raise UserError(f"{path} names a photograph {name!r}, which is not a plain file name.")
     return images, annotations
 
 
@@ -1326,10 +1301,7 @@ def is_there(folder, photograph):
 
 
 def load_image(path, box):
-    """Open a photograph as a PIL RGB image, no smaller than it takes to make a square of `box` pixels.
-
-    Raises OSError or ValueError for whatever is not a whole, sane picture.
-    """
+    """A photograph as a PIL RGB image that holds `box` pixels squared; OSError or ValueError if it is no sane one."""
     try:
         with Image.open(path) as photograph:
             if photograph.width * photograph.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses at twice that
@@ -1343,11 +1315,8 @@ def load_image(path, box):
         raise ValueError(first_line(error)) from error
 
 
-def load_clip(name, device="cpu"):
-    """CLIP by model name ("ViT-B/32": fetched once to ~/.cache/clip) or by the path of its weights.
-
-    Raises UserError when the weights can't be had.
-    """
+def load_clip(name, device="cpu", fingerprint=None):
+    """CLIP by model name ("ViT-B/32": fetched once to ~/.cache/clip) or weights file; a run names its fingerprint."""
     from clip import available_models, load  # pip's other clip has neither: main explains
     if not os.path.isfile(name):  # people write ViT-B-32, and open_clip ViT-B-32-quickgelu
         plain, *known = (re.sub("[^a-z0-9]|quickgelu|px", "", n.lower()) for n in [name, *available_models()])
@@ -1359,8 +1328,9 @@ def load_clip(name, device="cpu"):
     try:
         model = load(name, device=device)[0]
     except Exception as error:
-        raise UserError(f"--clip {name} could not be loaded ({first_line(error)}). The weights of OpenAI's models "
-                        "come from openaipublic.azureedge.net to ~/.cache/clip.") from error
+        raise UserError(f"--clip {name} could not be loaded or fetched ({first_line(error)}).") from error
+    if fingerprint and clip_fingerprint(model) != fingerprint:
+        raise UserError(f"{name} is not the CLIP that this model was trained with.")
     return model if torch.device(device).type == "cuda" else model.float()
 
 
@@ -1370,42 +1340,36 @@ def clip_fingerprint(model):
 
 
 def embed_photographs(model, paths, device, batch=32):
-    """Decode photographs and embed them with CLIP, as fast as the hardware allows.
-
-    Returns the indices of the readable ones, their pixels uint8 (M, 3, 128, 128), their embeddings (M, E).
-    """
+    """Of the photographs that can be read: their indices, pixels uint8 (M, 3, 128, 128) and embeddings (M, E)."""
     side, cores = model.visual.input_resolution, torch.get_num_threads()
 
-    def work(numbers):
-        squares, problems = [], []
+    def work(numbers):  # a list of (number, pixels, embedding), and one of complaints
+        squares, problems = {}, []
         for number in numbers:
             try:
                 photograph = load_image(paths[number], max(side, SIZE))
-                squares.append((number, centre_square(photograph, SIZE), centre_square(photograph, side)))
+                squares[number] = centre_square(photograph, SIZE), centre_square(photograph, side)
             except (OSError, ValueError) as error:
                 problems.append(f"skipped: {paths[number]}: {first_line(error)}")
         if not squares:
-            return [], [], [], problems
-        good, for_vae, for_clip = zip(*squares)
-        return good, torch.stack(for_vae), encode_images(model, torch.stack(for_clip).to(device)), problems
+            return [], problems
+        for_vae, for_clip = zip(*squares.values())
+        return list(zip(squares, for_vae, encode_images(model, torch.stack(for_clip).to(device)))), problems
 
     # Each core works through batches of its own: threads that share a batch wait for each other after every layer.
-    # Decoding hardly holds Python's lock, so that threads will do.
+    # Decoding hardly holds Python's lock, so threads will do.
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(cores)
-    batches = [range(start, min(start + batch, len(paths))) for start in range(0, len(paths), batch)]
+    pool, parts = ThreadPoolExecutor(cores), [range(len(paths))[i:i + batch] for i in range(0, len(paths), batch)]
     images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
     kept, embeddings = [], []
     try:
-        with tqdm(total=len(paths), desc="CLIP, images", unit="img") as bar:
-            for good, for_vae, embedding, problems in pool.map(work, batches):
-                for problem in problems:
-                    tqdm.write(problem)
-                for number, square, vector in zip(good, for_vae, embedding):
-                    images[len(kept)] = square
-                    kept.append(number)
-                    embeddings.append(vector)
-                bar.update(len(good) + len(problems))
+        for found, problems in tqdm(pool.map(work, parts), "CLIP, images", len(parts), unit="img", unit_scale=batch):
+            for problem in problems:
+                tqdm.write(problem)
+            for number, pixels, embedding in found:
+                images[len(kept)] = pixels
+                kept.append(number)
+                embeddings.append(embedding)
     finally:  # also on Ctrl-C: what has not started never does
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
@@ -1417,14 +1381,10 @@ def embed_photographs(model, paths, device, batch=32):
 # Data files, and what training asks of them --------------------------------------------------------
 
 def load_data(path, device=CPU, fingerprint=None):
-    """The data file that `prepare` wrote. Pictures stay memory-mapped, embeddings go to the device.
-
-    Raises UserError if it is not the data with this fingerprint, a trained run's.
-    """
+    """What `prepare` wrote; a run names its fingerprint. Pictures stay memory-mapped, embeddings go to the device."""
     data = load(path, "data file")
     if fingerprint and data["fingerprint"] != fingerprint:
-        raise UserError(f"{path} is not the data that this run was trained on (other photographs, another CLIP). "
-                        "If that data has moved, say where it is: --data FILE.")
+        raise UserError(f"{path} is not the data that this run was trained on; if that has moved: --data FILE.")
     return data | {name: data[name].to(device) for name in ("image_embeddings", "caption_embeddings", "split")}
 
 
@@ -1435,18 +1395,10 @@ def indices(data, split):
 
 def pool_images(images, size):
     """uint8 (N, 3, 128, 128) -> uint8 (N, 3, size, size), by averaging."""
-    if images.shape[-1] == size:
-        return images
     factor = images.shape[-1] // size
-    return torch.cat([F.avg_pool2d(batch.float(), factor).round().byte() for batch in images.split(1024)])
-
-
-def to_device(images, device):
-    """Put the whole tensor on the device; what would fill over half of a card's free memory stays in RAM."""
-    if device.type == "cuda" and images.nbytes > 0.5 * torch.cuda.mem_get_info()[0]:
-        print(f"{images.nbytes / 1e9:.1f} GB of pictures stay in host memory; batches are copied as needed.")
+    if factor == 1:
         return images
-    return images.to(device)
+    return torch.cat([F.avg_pool2d(batch.float(), factor).round().byte() for batch in images.split(1024)])
 
 
 def get_images(images, index, device):
@@ -1454,15 +1406,12 @@ def get_images(images, index, device):
     batch = images[index.to(images.device)]
     if batch.is_cpu and device.type == "cuda":
         batch = batch.pin_memory()  # page-locked, so that the copy runs beside the arithmetic
-    batch = batch.to(device, non_blocking=True)
-    return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
+    return (batch.to(device, non_blocking=True).float() / 255).contiguous(memory_format=torch.channels_last)
 
 
 def mirror_half(x, wanted):
     """Pictures (n, 3, S, S), each mirrored or not: a mirrored photograph is another photograph."""
-    if not wanted:
-        return x
-    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x) if wanted else x
 
 
 def shuffled(index, seed):
@@ -1475,24 +1424,18 @@ def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of pictures (N, 3, S, S) in [0, 1]: (N,)."""
     ramp = torch.exp(-0.5 * ((torch.arange(11, device=a.device) - 5) / 1.5) ** 2)
     window = (ramp[:, None] * ramp / ramp.sum() ** 2).expand(3, 1, 11, 11)
-
-    def blur(t):
-        return F.conv2d(t, window, groups=3)
-
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-    covariance = blur(a * b) - mean_a * mean_b
+    mean_a, mean_b, mean_aa, mean_bb, mean_ab = (F.conv2d(t, window, groups=3) for t in (a, b, a * a, b * b, a * b))
+    variances, covariance = mean_aa - mean_a**2 + mean_bb - mean_b**2, mean_ab - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
     return ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-            / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(1)
+            / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))).flatten(1).mean(1)
 
 
 @contextlib.contextmanager
 def defer_signals():
     """Within the block Ctrl-C, and SIGTERM (Slurm, docker, a shutdown), only leave a note in this list."""
     notes = []
-    previous = {number: signal.signal(number, lambda *_: notes.append(True))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, lambda *_: notes.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield notes
     finally:
@@ -1502,15 +1445,12 @@ def defer_signals():
 
 def check_loss(loss, run, stage, baseline_loss=math.inf):
     """The loss, unless it is no number any more, or worse than that of knowing nothing."""
+    if math.isfinite(loss) and loss <= baseline_loss:
+        return loss
     rate = setting(stage, "lr")
-    if not math.isfinite(loss):
-        raise UserError(f"The loss became NaN. {run.folder} keeps its last good checkpoint; start anew with a lower "
-                        f"rate, such as {option(rate)} {run.config[rate] / 2:g}.")
-    if loss > baseline_loss:
-        raise UserError(f"Training diverged: its loss is {loss:.3g}, and knowing nothing costs {baseline_loss:.3g}. "
-                        f"{run.folder} keeps its best checkpoint; start anew with a lower rate, such as "
-                        f"{option(rate)} {run.config[rate] / 3:.1g}.")
-    return loss
+    what = f"is {loss:.3g}, and knowing nothing costs {baseline_loss:.3g}" if math.isfinite(loss) else "became NaN"
+    raise UserError(f"Training diverged: its loss {what}. {run.folder} keeps its last good checkpoint; start anew with "
+                    f"a lower rate, such as {option(rate)} {run.config[rate] / 2:g}.")
 
 
 # Runs and checkpoints ------------------------------------------------------------------------------
@@ -1532,26 +1472,26 @@ def save_checkpoint(run, file, training=None):
     """Write what sampling needs and, in last.pt, what resuming needs besides. The first process writes."""
     if processes()[0] == 0:
         weights = {name: network and network.state_dict() for name, network in run.models.items()}
-        save({"config": run.config, "history": run.history, "training": training, **weights}, run.folder / file,
-             "checkpoint")
+        content = {"config": run.config, "history": run.history, "training": training, **weights}
+        save(content, run.folder / file, "checkpoint")
 
 
 def save_last(run, stage, state, losses, done, finished=False):
     """Write last.pt: all that has a state_dict, the losses since the last report, the number of steps done."""
-    weights = {name: part.state_dict() for name, part in state.items()}
-    save_checkpoint(run, "last.pt", weights | {"stage": stage, "losses": [float(loss) for loss in losses],
-                                               "done": done, "finished": finished})
+    training = {name: part.state_dict() for name, part in state.items()}
+    training |= {"stage": stage, "losses": [float(loss) for loss in losses], "done": done, "finished": finished}
+    save_checkpoint(run, "last.pt", training)
 
 
 def restore(run, stage, state):
     """Begin a stage, or go on where last.pt left it: the losses since the last report, the number of steps done."""
-    if run.resumed:
-        for name, part in state.items():
-            if run.resumed[name]:  # a scaler's is empty unless it was float16 that the run computed in
-                part.load_state_dict(run.resumed[name])
-        return [torch.tensor(loss, device=run.device) for loss in run.resumed["losses"]], run.resumed["done"]
-    save_last(run, stage, state, [], 0)
-    return [], 0
+    if not run.resumed:
+        save_last(run, stage, state, [], 0)
+        return [], 0
+    for name, part in state.items():
+        if run.resumed[name]:  # a scaler's is empty unless it was float16 that the run computed in
+            part.load_state_dict(run.resumed[name])
+    return [torch.tensor(loss, device=run.device) for loss in run.resumed["losses"]], run.resumed["done"]
 
 
 def report(run, stage, figures, speed):
@@ -1563,9 +1503,8 @@ def report(run, stage, figures, speed):
         save_checkpoint(run, "best.pt")
     run.history[stage].append(figures)
     measured = ", ".join(f"{name} {value:.4g}" for name, value in list(figures.items())[3:])
-    epochs = run.config[setting(stage, "epochs")]
-    print(f"{stage}, epoch {figures['epoch']}/{epochs}: training loss {figures['train_loss']:.3f}, validation "
-          f"{measured}; {speed:.0f} images/s")
+    print(f"{stage}, epoch {figures['epoch']}/{run.config[setting(stage, 'epochs')]}: training loss "
+          f"{figures['train_loss']:.3f}, validation {measured}; {speed:.0f} images/s")
 
 
 def checkpoint_path(name, file="best.pt"):
@@ -1581,22 +1520,21 @@ def checkpoint_path(name, file="best.pt"):
 def claim_run(name, config):
     """Make a run's folder, and fail if it is there: two trainings never share one."""
     while True:
-        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{config['size']}-{config['latents']}-{config['prior']}"
-        folder = Path(name or f"runs/{stamp}")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(name or f"runs/{stamp}-{config['size']}-{config['latents']}-{config['prior']}")
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
+        except FileExistsError as error:
             if name:
-                raise UserError(f"{name} exists already. Go on with a run by --resume, or choose another --run.") from None
+                raise UserError(f"{name} exists already; choose another --run, or go on by --resume.") from error
             time.sleep(1)  # another training began within this second
 
 
 def stages_of(config):
-    """The stages that a configuration asks for, in their order, with the options that set their lengths."""
-    lengths = {stage: setting(stage, "epochs") for stage in ("vae", "decoder", "prior")}
-    return {stage: name for stage, name in lengths.items()
-            if config[name] and (stage != "prior" or config["prior"] == "flow")}
+    """The stages of a training in their order, each with the setting of its length."""
+    stages = ["vae", "decoder", "prior"] if config["prior"] == "flow" else ["vae", "decoder"]
+    return {stage: setting(stage, "epochs") for stage in stages if config[setting(stage, "epochs")]}
 
 
 def option(name):
@@ -1611,14 +1549,13 @@ def resume(args, given):
     config, training = checkpoint["config"], checkpoint["training"]
     stages = stages_of(config)
     lengths = list(stages.values())[list(stages).index(training["stage"]):]  # of what can still be longer
-    finished = training["finished"] and len(lengths) == 1
     if any(name != "data" and (name not in lengths or value < config[name]) for name, value in given.items()):
-        more = " or ".join(map(option, lengths))
-        raise UserError(f"{folder} goes on with its own settings; beside --resume and --run only --data and a larger "
-                        f"{more} can be given.")
-    if not any(given.get(name, 0) > config[name] for name in lengths) and finished:
-        raise UserError(f"{folder} is finished, there is nothing left to do. To train it longer: --resume "
-                        f"{option(lengths[-1])} {2 * config[lengths[-1]]}.")
+        larger = " or ".join(map(option, lengths))
+        raise UserError(f"{folder} goes on with its own settings; only --data and a larger {larger} can be given.")
+    longer = any(given.get(name, 0) > config[name] for name in lengths)
+    if training["finished"] and len(lengths) == 1 and not longer:
+        more = f"{option(lengths[0])} {2 * config[lengths[0]]}"
+        raise UserError(f"{folder} is finished, there is nothing left to do. To train it longer: --resume {more}.")
     return folder, config | given, checkpoint
 
 
@@ -1634,7 +1571,9 @@ def open_run(args, device):
     data = load_data(config["data"], device, config.get("fingerprint"))
     config |= {"condition_dim": data["image_embeddings"].shape[-1]}
     config |= {name: data[name] for name in ("clip", "clip_fingerprint", "fingerprint")}
-    images = to_device(pool_images(data["images"], config["size"]), device)             # uint8 (N, 3, S, S)
+    images = pool_images(data["images"], config["size"])                                # uint8 (N, 3, S, S)
+    if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:  # else batches are copied as needed
+        images = images.to(device)
     if not checkpoint:
         names = [str(claim_run(args.run, config)) if processes()[0] == 0 else None]
         if dist.is_initialized():
@@ -1642,11 +1581,12 @@ def open_run(args, device):
         folder = Path(names[0])
     dtype = choose_precision(device, args.precision)
     print(f"{folder}: {len(indices(data, TRAIN))} photographs of {config['size']} pixels, on {device} in {dtype}")
-    models = {"vae": make_vae(config).to(device, memory_format=torch.channels_last).eval(), "prior": None}
+    run = Run(folder, config, data, images, device, dtype, {"vae": make_vae(config).eval(), "prior": None}, {})
+    run.models["vae"].to(device, memory_format=torch.channels_last)
     if checkpoint:
-        models["vae"].load_state_dict(checkpoint["vae"])
-    return Run(folder, config, data, images, device, dtype, models, checkpoint["history"] if checkpoint else {},
-               checkpoint and checkpoint["training"])
+        run.models["vae"].load_state_dict(checkpoint["vae"])
+        run.history, run.resumed = checkpoint["history"], checkpoint["training"]
+    return run
 
 
 def load_models(path, device):
@@ -1678,23 +1618,13 @@ def flow_options(args, models):
     return GUIDANCE if args.guidance is None else args.guidance, args.steps or STEPS
 
 
-def load_clip_of(config, device, name=None):
-    """The CLIP that a run was trained with. Raises UserError when `name` is another one."""
-    clip_model = load_clip(name or config["clip"], device)
-    if clip_fingerprint(clip_model) != config["clip_fingerprint"]:
-        raise UserError(f"{name or config['clip']} is not the CLIP that this model was trained with "
-                        f"({config['clip']}).")
-    return clip_model
-
-
 # Prompts and pictures ------------------------------------------------------------------------------
 
 def read_requests(args, clip_model, device):
     """What to draw, a row each: a list of (label, embedding (1, E), modality). Says when CLIP cuts a prompt."""
     import clip
-    requests = []
+    requests, side = [], clip_model.visual.input_resolution
     if args.image:
-        side = clip_model.visual.input_resolution
         try:
             square = centre_square(load_image(args.image, side), side)[None].to(device)
         except (OSError, ValueError) as error:
@@ -1706,8 +1636,7 @@ def read_requests(args, clip_model, device):
         try:
             clip.tokenize([prompt], clip_model.context_length)
         except RuntimeError:
-            print(f"CLIP reads {clip_model.context_length} tokens; this prompt is longer and was cut: "
-                  f"{prompt[:60]}...")
+            print(f"This prompt was cut; CLIP reads {clip_model.context_length} tokens: {prompt[:60]}...")
         requests.append((prompt, encode_texts(clip_model, [prompt]), TEXT))
     return requests
 
@@ -1740,14 +1669,13 @@ def save_grid(path, rows, labels):
     """Draw rows of pictures, each (n, 3, S, S) in [0, 1], with a label above each row, as a PNG."""
     from torchvision.utils import make_grid
     width = max(1.35 * max(len(row) for row in rows), 4)  # inches
-    limit = int(14 * width)
     with new_figure(path, len(rows), 1, (width, 1.65 * len(rows))) as axes:
         for axis, row, label in zip(axes[:, 0], rows, labels):
             label = label.encode(errors="replace").decode()  # half an emoji, as in JSON, can't be drawn
+            label = label if len(label) <= 14 * width else label[:int(14 * width)] + " ..."
             strip = make_grid(row.float().cpu(), nrow=len(row), padding=2, pad_value=1.0)
             axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="bicubic")
-            axis.set_title(label if len(label) <= limit else label[:limit] + " ...", fontsize=9,
-                           loc="left", pad=3, parse_math=False)
+            axis.set_title(label, fontsize=9, loc="left", pad=3, parse_math=False)
             axis.axis("off")
             axis.set_anchor("W")
 
@@ -1772,15 +1700,15 @@ def save_samples(path, models, images, data, index):
 
 def save_curves(path, history):
     """Draw how training and validation went, stage by stage."""
-    stages = {stage: epochs for stage, (_, *epochs) in history.items() if epochs}  # the first is of before the training
+    stages = {stage: epochs for stage, (_, *epochs) in history.items() if epochs}  # the first: before the training
     if not stages:
         return
     with new_figure(path, 1, len(stages), (4.5 * len(stages), 3.5)) as axes:
         for axis, (stage, epochs) in zip(axes[0], stages.items()):
-            for key in ("train_loss", "loss", "psnr")[:3 if stage == "decoder" else 2]:
-                if key in epochs[0]:
-                    axis.plot([figures["epoch"] for figures in epochs], [figures[key] for figures in epochs],
-                              label={"train_loss": "training", "loss": "validation", "psnr": "PSNR, dB"}[key])
+            x = [figures["epoch"] for figures in epochs]
+            for key, label in {"train_loss": "training", "loss": "validation", "psnr": "PSNR, dB"}.items():
+                if key in epochs[0] and (key != "psnr" or stage == "decoder"):
+                    axis.plot(x, [figures[key] for figures in epochs], label=label)
             axis.set(xlabel="epoch", title=f"loss of the {stage}")
             axis.legend()
 
@@ -1811,16 +1739,11 @@ def save_prior_picture(path, models, images, data):
 # Downloads -----------------------------------------------------------------------------------------
 
 ATTEMPTS, TIMEOUT = 4, 10  # tries per file; seconds without a byte before a connection counts as dead
-DISK_FULL = errno.ENOSPC, errno.EDQUOT
 COCO_URL = "http://images.cocodataset.org"  # plain http: its certificate does not match its name
 
 
 def fetch(url, path, check, progress=None):
-    """Download `url` to `path`: retried with back-off, checked, renamed into place only when whole.
-
-    check(temporary path) raises ValueError for content that was not wanted. Raises UserError for an address that
-    is not http(s), OSError after the last attempt.
-    """
+    """Download `url` to `path`, with retries. check(temporary path) raises ValueError for what was not wanted."""
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url!r} is not an http or https address; it was not opened.")
     for attempt in range(1, ATTEMPTS + 1):
@@ -1829,11 +1752,11 @@ def fetch(url, path, check, progress=None):
                 urllib.request.urlretrieve(url, temporary, progress)  # raises where bytes are missing
                 check(temporary)
             return
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            gone = getattr(error, "code", None) in (401, 403, 404, 410)
-            number = getattr(error, "errno", None)
-            if attempt == ATTEMPTS or gone or number in DISK_FULL:  # trying again would not help
-                raise OSError(number, f"{url}: {first_line(error)}") from error
+        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError("The disk is full. What arrived is kept; make room and run this again.") from error
+            if attempt == ATTEMPTS or getattr(error, "code", None) in (401, 403, 404, 410):  # it is gone
+                raise OSError(f"{url}: {first_line(error)}") from error
         time.sleep(0.3 * 2**attempt)  # 0.6, 1.2, 2.4 s: a busy server is given time to recover
 
 
@@ -1844,13 +1767,8 @@ def fetch_annotations(path, base_url):
     archive = path.with_name("annotations_trainval2017.zip")
 
     def take_out(temporary):  # one member, by its name: the archive's own names are never used as paths
-        try:
-            with zipfile.ZipFile(temporary) as bundle, atomic(path) as captions:
-                captions.write_bytes(bundle.read(f"annotations/{path.name}"))
-        except zipfile.BadZipFile as error:
-            raise ValueError("what arrived is no whole zip archive") from error
-        except KeyError as error:
-            raise UserError(f"{base_url} has an archive, but no {path.name} is in it.") from error
+        with zipfile.ZipFile(temporary) as bundle, atomic(path) as captions:
+            captions.write_bytes(bundle.read(f"annotations/{path.name}"))
 
     def progress(blocks, size, total):
         bar.total = max(total, blocks * size)
@@ -1859,9 +1777,9 @@ def fetch_annotations(path, base_url):
     try:
         with tqdm(desc=archive.name, unit="B", unit_scale=True, leave=False) as bar:
             fetch(f"{base_url}/annotations/{archive.name}", archive, take_out, progress)
-    except OSError as error:
-        raise UserError(f"COCO's captions could not be fetched from {error.strerror or error}. Name a COCO folder "
-                        "(--coco) or a mirror (--mirror), or try the demo, which needs no network.") from error
+    except (OSError, KeyError) as error:  # KeyError: this archive lacks them
+        raise UserError(f"COCO's captions could not be fetched ({first_line(error)}). Name a folder (--coco) or a "
+                        "mirror (--mirror), or try the demo, which needs no network.") from error
     archive.unlink(missing_ok=True)
 
 
@@ -1881,14 +1799,14 @@ def fetch_photographs(photographs, folder, base_url):
     failures, pool = [], ThreadPoolExecutor(16)
     try:
         jobs = [pool.submit(fetch_one, p) for p in photographs if not is_there(folder, p)]
-        for job in tqdm(jobs, desc="photographs", disable=not jobs):
-            if error := job.exception():
+        for job in tqdm(jobs, "photographs", disable=not jobs):
+            error = job.exception()
+            if isinstance(error, UserError):
+                raise error
+            if error:
                 failures.append(first_line(error))
-            if getattr(error, "errno", None) in DISK_FULL:
-                raise UserError("The disk is full. What arrived is kept; free some space and run this again.")
             if len(failures) > max(10, 0.05 * len(photographs)):
-                raise UserError(f"Too many photographs could not be fetched (the last: {failures[-1]}). What "
-                                "arrived is kept; run the same command again later.")
+                raise UserError(f"Too many photographs could not be fetched; what arrived is kept. {failures[-1]}")
     finally:  # also on Ctrl-C: what has not started never does
         pool.shutdown(cancel_futures=True)
     for failure in failures:
@@ -1900,10 +1818,9 @@ def fetch_photographs(photographs, folder, base_url):
 
 def prepare(args):
     """Fetch what is missing, crop, embed with CLIP, and write one data file for all trainings."""
-    words = args.words or THEMES[args.theme]
-    must_be_writable(Path(args.data).parent, Path(args.data))
+    words, root = args.words or THEMES[args.theme], Path(args.coco or "data/coco")
+    must_be_writable(Path(args.data))
     device = choose_device(args.device)
-    root = Path(args.coco or "data/coco")
     captions_path = root / f"annotations/captions_{args.split}.json"
     if not args.coco:
         fetch_annotations(captions_path, args.mirror)
@@ -1924,26 +1841,20 @@ def prepare(args):
     kept = [on_disk[i] for i in kept]
     # a photograph with fewer than five captions repeats them, one with more keeps the first five
     captions = [[p["captions"][i % len(p["captions"])] for i in range(CAPTIONS)] for p in kept]
-    texts = [caption for five in captions for caption in five]
-    caption_embeddings = encode_texts(model, texts).cpu()                               # (5N, D)
+    texts = encode_texts(model, [caption for five in captions for caption in five]).cpu()  # (5N, E)
     split = split_data(images)
     fingerprint = hashlib.sha256(embeddings.numpy())  # reads the memory as it lies there, without a copy
-    fingerprint.update(caption_embeddings.numpy())
-    save({"images": images, "image_embeddings": embeddings, "captions": captions,
-          "caption_embeddings": caption_embeddings.view(len(kept), CAPTIONS, -1), "split": split,
-          "ids": [p["id"] for p in kept], "words": words, "clip": str(args.clip),
-          "fingerprint": fingerprint.hexdigest(), "clip_fingerprint": clip_fingerprint(model)},
+    fingerprint.update(texts.numpy())
+    save({"images": images, "image_embeddings": embeddings, "captions": captions, "split": split, "words": words,
+          "caption_embeddings": texts.view(len(kept), CAPTIONS, -1), "ids": [p["id"] for p in kept],
+          "fingerprint": fingerprint.hexdigest(), "clip": str(args.clip), "clip_fingerprint": clip_fingerprint(model)},
          args.data, "data file")
-    sizes = split.bincount().tolist()
-    print(f"{args.data}: {sizes[TRAIN]} photographs to learn from, {sizes[VAL]} to choose by, "
-          f"{sizes[TEST]} to judge by.")
+    learn, choose, judge = split.bincount().tolist()
+    print(f"{args.data}: {learn} photographs to learn from, {choose} to choose by, {judge} to judge by.")
 
 
 def train(args):
-    """Train the stages on the data file; write a run folder with checkpoints and pictures.
-
-    The run's configuration is stored in its checkpoints, so --resume needs no other option.
-    """
+    """Train the stages on the data file; write a run folder with checkpoints and pictures."""
     device = choose_device(args.device)
     with several_processes(device):
         run = open_run(args, device)
@@ -1970,9 +1881,9 @@ def sample(args):
     if args.prior == "normal":
         models["prior"] = None
     guidance, steps = flow_options(args, models)
-    clip_model = load_clip_of(config, device, args.clip)
+    clip_model = load_clip(args.clip or config["clip"], device, config["clip_fingerprint"])
     requests = read_requests(args, clip_model, device)
-    must_be_writable(Path(args.out))
+    must_be_writable(Path(args.out) / "any name")
     rows, count = [], max(args.n, args.rerank)
 
     def noise(count):  # anew for each row: a prompt's row does not depend on its neighbours
@@ -1982,7 +1893,7 @@ def sample(args):
     if args.interpolate:  # one row, in which only the condition changes
         (first, a, _), (second, b, _) = requests
         requests = [(f"{first} → {second}", slerp(a[0], b[0], args.n), TEXT)]
-    for _, target, modality in tqdm(requests, desc="sampling", leave=False):             # target: (1 or n, E)
+    for _, target, modality in tqdm(requests, "sampling", leave=False):                  # target: (1 or n, E)
         if args.show_steps:
             trajectory = sample_flow(models["prior"], noise(1), target, modality, guidance, steps)
             shown = torch.linspace(0, steps, args.n).round().long().tolist()
@@ -1991,8 +1902,7 @@ def sample(args):
         start = noise(1).expand(count, -1, -1, -1) if args.interpolate else noise(count)
         pictures = generate(models, target.expand(count, -1), modality, start, guidance, steps)
         if args.rerank:
-            scores = encode_images(clip_model, pictures) @ target[0]
-            pictures = pictures[scores.topk(args.n).indices]
+            pictures = pictures[(encode_images(clip_model, pictures) @ target[0]).topk(args.n).indices]
         rows.append(pictures)
     labels = [label for label, _, _ in requests]
     path = sample_path(args.out, " ".join(labels))
@@ -2008,17 +1918,19 @@ def sample(args):
 
 
 @torch.no_grad()
-def measure_samples(models, images, data, clip_model, guidances, steps, seed):
-    """Ask all four questions about test photographs, and about samples for a hundred of their captions.
+def measure_samples(args, models, images, data, clip_model):
+    """The four questions about test photographs, and about samples for a hundred of their captions: {row: figures}.
 
-    Returns a table {row: figures} and, of the samples at the last guidance, the pictures, how far each is
-    from the nearest training photograph, and which that is (a number of the data).
+    And of the last row the pictures, how far each is from the nearest training photograph, and that one's number.
     """
+    guidance, steps = flow_options(args, models)
     test, train = indices(data, TEST), indices(data, TRAIN)
-    # photographs are judged at the model's own size, or their sharpness would be what sets them apart
-    real = encode_images(clip_model, get_images(images, test, test.device))             # (M, E)
-    real_train = torch.cat([encode_images(clip_model, get_images(images, batch, test.device)) for batch in
-                            tqdm(train.split(256), desc="training photographs", leave=False)])
+
+    def embed(index):  # at the model's own size, or sharpness would be what sets photographs apart
+        batches = tqdm(index.split(256), "photographs", leave=False)
+        return torch.cat([encode_images(clip_model, get_images(images, batch, index.device)) for batch in batches])
+
+    real, real_train = embed(test), embed(train)                                        # (M, E), (N, E)
     # a hundred captions, one of a photograph (a second one would be no wrong answer), of the five in turn
     captions = [data["captions"][number][place % CAPTIONS] for place, number in enumerate(test.tolist())]
     captions = list(dict.fromkeys(captions))[:100]                                      # no two are alike
@@ -2028,8 +1940,8 @@ def measure_samples(models, images, data, clip_model, guidances, steps, seed):
     place, own = torch.tensor(asked, device=test.device).T
     table = {"photographs": compute_metrics(real, own, texts, real_train, real_train, asked=place)}
     own = torch.arange(len(texts), device=test.device).repeat_interleave(4)             # four of each caption
-    for guidance in guidances:
-        torch.manual_seed(seed)
+    for guidance in sorted({1.0, guidance}) if models["prior"] else [1.0]:
+        torch.manual_seed(args.seed)
         noise = torch.randn(len(own), *models["vae"].shape, device=test.device)
         pictures = generate(models, texts[own], TEXT, noise, guidance, steps)
         drawn = encode_images(clip_model, pictures)
@@ -2040,24 +1952,17 @@ def measure_samples(models, images, data, clip_model, guidances, steps, seed):
 
 @torch.no_grad()
 def evaluate(args):
-    """Measure a run on test photographs and captions; print a table.
-
-    Writes evaluation.json, reconstructions.png and nearest.png into the run's folder.
-    """
-    device = choose_device(args.device)
-    path = checkpoint_path(args.checkpoint)
+    """Measure a run on test photographs; print a table, write it and two pictures into the run's folder."""
+    device, path = choose_device(args.device), checkpoint_path(args.checkpoint)
     models, config = load_models(path, device)
-    chosen_guidance, steps = flow_options(args, models)
     data = load_data(args.data or config["data"], device, config["fingerprint"])
-    clip_model = load_clip_of(config, device, args.clip)
+    clip_model = load_clip(args.clip or config["clip"], device, config["clip_fingerprint"])
     images = pool_images(data["images"], config["size"])                                # uint8 (N, 3, S, S)
+    table, pictures, distance, copied = measure_samples(args, models, images, data, clip_model)
     test, folder = indices(data, TEST), path.parent
     storage = measure_vae(models["vae"], images, data, test)
-    guidances = sorted({1.0, chosen_guidance}) if models["prior"] else [1.0]
-    table, pictures, distance, copied = measure_samples(models, images, data, clip_model, guidances, steps,
-                                                        args.seed)
-    print(f"{path}, {len(test)} test photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats,"
-          f" PSNR {storage['psnr']:.1f} dB")
+    print(f"{path}, {len(test)} test photographs: {storage['bpd']:.3f} bits/dim, KL {storage['kl']:.0f} nats, "
+          f"PSNR {storage['psnr']:.1f} dB")
     print(" " * 24 + "".join(f"{column:>13}" for column in table["photographs"]))
     for name, row in table.items():
         print(f"{name:24}" + "".join(f"{value:13.3f}" for value in row.values()))
@@ -2084,56 +1989,45 @@ def demo(args):
         draw_toy_world(root)
     if not (root / "clip.pt").exists():
         train_toy_clip(root, root / "clip.pt")
-
-    def type_in(line):
+    for line in (f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt",
+                 # small networks serve a small world; no mirror images, because captions say left and right
+                 f"train --data data/toy.pt --model small --epochs {args.epochs} --decoder-epochs {args.decoder_epochs}"
+                 f" --prior-epochs {args.prior_epochs} --prior-width 128 --no-flip",
+                 f"sample -n 4 {shlex.join(DEMO_PROMPTS)}", "evaluate"):
         print(f"\n$ python cvae.py {line}")
         step = parse_arguments(shlex.split(line))
         step.function(step)
 
-    type_in(f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt "
-            "--data data/toy.pt")
-    # small networks serve a small world; no mirror images, because captions say left and right
-    type_in(f"train --data data/toy.pt --model small --epochs {args.epochs} --decoder-epochs {args.decoder_epochs} "
-            f"--prior-epochs {args.prior_epochs} --prior-width 128 --no-flip")
-    type_in(f"sample -n 4 {shlex.join(DEMO_PROMPTS)}")
-    type_in("evaluate")
-
 
 # Options -------------------------------------------------------------------------------------------
 
-def between(number, low, high):
+def between(kind, low, high):
     """An argparse type: an int or a float from low to high."""
-
-    def parse(text):
-        value = number(text)
+    def number(text):  # argparse says "invalid number value: 'x'"
+        value = kind(text)
         if not low <= value <= high:  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
-
-    parse.__name__ = "number"  # argparse says "invalid number value: 'x'"
-    return parse
+    return number
 
 
-def plain_name(text):
-    """An argparse type: a name that is no path."""
-    if not re.fullmatch(r"\w[\w.-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
-    return text
+def text(argument):
+    """An argparse type: where LC_ALL=C, the bytes of é may arrive undecoded."""
+    return argument.encode(errors="surrogateescape").decode()
 
 
-SEED, ON_OFF = between(int, 0, 2**31 - 1), {"action": argparse.BooleanOptionalAction}
+SEED, YES, ON_OFF = between(int, 0, 2**31 - 1), {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
 EPOCHS, RATE, BATCH = ({"type": between(*limits)} for limits in ((int, 1, 100_000), (float, 1e-7, 1), (int, 1, 4096)))
-OPTIONS = {  # of train, for CONFIG's settings: what --help says, and how argparse reads them
-    "data": ("data file to read", {"metavar": "FILE"}),
-    "size": ("pixels", {"type": int, "choices": [64, 128]}),
+SETTINGS = {  # of a training, as in CONFIG: what --help says, and how argparse reads them
+    "data": ("data file to read", {"metavar": "FILE"}), "size": ("pixels", {"type": int, "choices": [64, 128]}),
     "latents": ("a grid of latents, or one vector as in the report", {"choices": ["grid", "flat"]}),
     "channels": ("numbers in each cell of the grid", {"type": between(int, 1, 64)}),
     "prior": ("learn p(z | c), or draw from N(0, I) as the report", {"choices": ["flow", "normal"]}),
     "objective": ("the ELBO, or the report's loss", {"choices": OBJECTIVES}),
-    "dropout": ("on z; 0.3 if no P is given", {"nargs": "?", "type": between(float, 0, 0.9), "const": 0.3, "metavar": "P"}),
+    "dropout": ("on z; 0.3 if no P is given",
+                {"nargs": "?", "type": between(float, 0, 0.9), "const": 0.3, "metavar": "P"}),
     "flip": ("mirror half of the pictures; off where captions say left and right", ON_OFF),
-    "compile": ("torch.compile on CUDA", ON_OFF),
-    "seed": ("of all randomness", {"type": SEED}),
+    "compile": ("torch.compile on CUDA", ON_OFF), "seed": ("of all randomness", {"type": SEED}),
     "vae_width": ("channels of the VAE at half of the side", {"type": int, "choices": [16, 32, 64, 96, 128]}),
     "epochs": ("of the VAE", EPOCHS), "batch": ("of the VAE", BATCH), "lr": ("peak learning rate of the VAE", RATE),
     "decoder_epochs": ("of the decoder's second lesson; 0 leaves it out", {"type": between(int, 0, 100_000)}),
@@ -2142,16 +2036,41 @@ OPTIONS = {  # of train, for CONFIG's settings: what --help says, and how argpar
     "prior_depth": ("blocks of the prior's transformer", {"type": between(int, 1, 48)}),
     "prior_epochs": ("of the prior", EPOCHS), "prior_batch": ("of the prior", BATCH),
     "prior_lr": ("peak learning rate of the prior", RATE)}
-
-
-def add_drawing_options(p):
-    """What sample and evaluate have in common."""
-    p.add_argument("--seed", type=SEED, default=0, help="same seed, same pictures (default: 0)")
-    p.add_argument("--guidance", type=between(float, 0, 20),
-                   help=f"more than 1: surer, less varied (default: {GUIDANCE:g}; evaluate also measures 1)")
-    p.add_argument("--steps", type=between(int, 1, 1000), help=f"of the flow (default: {STEPS})")
-    p.add_argument("--checkpoint", metavar="FILE", help="checkpoint or run folder (default: the newest run)")
-    p.add_argument("--clip", help="the run's CLIP, if its file has moved")
+DRAWING = {  # options of sample and of evaluate
+    "--seed": ("same seed, same pictures", {"type": SEED, "default": 0}),
+    "--guidance": (f"more than 1: surer, less varied; {GUIDANCE} if not given", {"type": between(float, 0, 20)}),
+    "--steps": (f"of the flow; {STEPS} if not given", {"type": between(int, 1, 1000)}),
+    "--checkpoint": ("checkpoint or run folder; the newest run if not given", {"metavar": "FILE"}),
+    "--clip": ("the run's CLIP, if its file has moved", {})}
+COMMANDS = {  # what each says of itself, and its options
+    prepare: ("fetch COCO's matching photographs, crop and embed them: one data file", {
+        "--split": ("split of COCO", {"default": "train2017"}),
+        "--clip": ("CLIP's name, or a weights file", {"default": "ViT-B/32"}),
+        "--data": ("data file to write", {"default": CONFIG["data"]})}),
+    train: ("train the VAE, then its prior, on the data file", {
+        "--model": ("sizes, rates and epochs; if not given, base for a CUDA card, else small", {"choices": MODELS}),
+        "--precision": ("the fastest if not given", {"choices": ["float32", "bfloat16", "float16"]}),
+        "--run": ("run folder; a new one in runs/ if not given", {"metavar": "DIR"}),
+        "--resume": ("go on with --run or the newest; a larger --prior-epochs makes it longer: the learning rate "
+                     "returns to its plateau and descends at the new end", YES)}),
+    sample: ("draw pictures for prompts", {
+        "prompts": ("what to draw", {"nargs": "*", "type": text, "metavar": "PROMPT"}), **DRAWING,
+        "-n": ("pictures per prompt", {"type": between(int, 1, 64), "default": 8}),
+        "--prior": ("normal: draw z from N(0, I), whatever was learned", {"choices": ["flow", "normal"]}),
+        "--temperature": ("of the noise", {"type": between(float, 0, 2), "default": 1.0}),
+        "--rerank": ("draw N per prompt and keep those that CLIP likes best",
+                     {"type": between(int, 1, 4096), "default": 0, "metavar": "N"}),
+        "--image": ("draw variations of a photograph", {"metavar": "FILE"}),
+        "--interpolate": ("go from the first prompt to the second", YES),
+        "--show-steps": ("one row per prompt: from noise to a picture", YES),
+        "--separate": ("also write each picture as a PNG of its own", YES),
+        "--out": ("folder to write to", {"default": "samples", "metavar": "DIR"})}),
+    evaluate: ("measure a run on the test part of its data", {
+        **DRAWING, "--data": ("the run's data file, if it has moved", {})}),
+    demo: ("a toy world from drawing to sampling: no download, no GPU, a few minutes", {
+        "--epochs": ("of the VAE; fewer: quicker, worse", {"default": 3, **EPOCHS}),
+        "--decoder-epochs": ("of the second lesson", {"default": 1, **EPOCHS}),
+        "--prior-epochs": ("of the prior", {"default": 22, **EPOCHS})})}
 
 
 def parse_arguments(argv=None):
@@ -2159,61 +2078,23 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description="Text to picture: a CLIP-conditioned VAE, a learned prior.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an expected error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(function, help):
-        made = commands.add_parser(function.__name__, help=help, description=help)
-        made.set_defaults(function=function)
-        made.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the fastest there is")
-        return made
-
-    def text(argument):  # where LC_ALL=C, the bytes of é may arrive undecoded
-        return argument.encode(errors="surrogateescape").decode()
-
-    p = command(prepare, "fetch COCO's matching photographs, crop and embed them: one data file")
-    group = p.add_mutually_exclusive_group()
-    group.add_argument("--theme", choices=THEMES, default="bucolic", help="list of words to find (default: %(default)s)")
-    group.add_argument("--words", nargs="+", type=text, metavar="WORD", help="words of your own")
-    p.add_argument("--split", default="train2017", type=plain_name, help="split of COCO (default: %(default)s)")
-    group = p.add_mutually_exclusive_group()
-    group.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
-    group.add_argument("--mirror", metavar="URL", default=COCO_URL, help="address to fetch from (default: %(default)s)")
-    p.add_argument("--clip", default="ViT-B/32", help="CLIP's name, or a weights file (default: ViT-B/32)")
-    p.add_argument("--data", default=CONFIG["data"], help="data file to write (default: %(default)s)")
-
-    p = command(train, "train the VAE, then its prior, on the data file")
-    for name, (help, details) in OPTIONS.items():
-        larger = f"; {MODELS['base'][name]} with --model base" if name in MODELS["base"] else ""
-        p.add_argument(option(name), help=f"{help} (default: {CONFIG[name]}{larger})", **details)
-    p.add_argument("--model", choices=MODELS, help="sizes, rates and epochs: small for a processor or a Mac, base for "
-                   "a CUDA card (default: by the device)")
-    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"], help="default: the fastest")
-    p.add_argument("--run", metavar="DIR", help="run folder (default: a new one in runs/)")
-    p.add_argument("--resume", action="store_true",
-                   help="go on with --run (default: the newest); a larger --prior-epochs makes it "
-                   "longer: the learning rate returns to its plateau and descends at the new end")
-
-    p = command(sample, "draw pictures for prompts")
-    p.add_argument("prompts", nargs="*", type=text, metavar="PROMPT")
-    p.add_argument("-n", type=between(int, 1, 64), default=8, help="pictures per prompt (default: 8)")
-    add_drawing_options(p)
-    p.add_argument("--prior", choices=["flow", "normal"], help="normal: draw z from N(0, I), whatever was learned")
-    p.add_argument("--temperature", type=between(float, 0, 2), default=1.0, help="of the noise (default: 1)")
-    p.add_argument("--rerank", type=between(int, 1, 4096), default=0, metavar="N",
-                   help="draw N per prompt and keep those that CLIP likes best")
-    p.add_argument("--image", metavar="FILE", help="draw variations of a photograph")
-    p.add_argument("--interpolate", action="store_true", help="go from the first prompt to the second")
-    p.add_argument("--show-steps", action="store_true", help="one row per prompt: from noise to a picture")
-    p.add_argument("--separate", action="store_true", help="also write each picture as a PNG of its own")
-    p.add_argument("--out", default="samples", metavar="DIR", help="folder to write to (default: samples)")
-
-    p = command(evaluate, "measure a run on the test part of its data")
-    add_drawing_options(p)
-    p.add_argument("--data", help="the run's data file, if it has moved")
-
-    p = command(demo, "a toy world from drawing to sampling: no download, no GPU, a few minutes")
-    p.add_argument("--epochs", default=3, help="of the VAE; fewer: quicker, worse (default: 3)", **EPOCHS)
-    p.add_argument("--decoder-epochs", default=1, help="of the second lesson (default: 1)", **EPOCHS)
-    p.add_argument("--prior-epochs", default=22, help="of the prior (default: 22)", **EPOCHS)
+    for function, (purpose, options) in COMMANDS.items():
+        command = commands.add_parser(function.__name__, help=purpose, description=purpose)
+        command.set_defaults(function=function)
+        command.add_argument("--device", choices=["cuda", "mps", "cpu"], help="the fastest there is if not given")
+        for name, (help, details) in options.items():
+            default = f" (default: {details['default']})" if details.get("default") is not None else ""
+            command.add_argument(name, help=help + default, **details)
+        if function is train:
+            for name, (help, details) in SETTINGS.items():
+                larger = f"; {MODELS['base'][name]} with --model base" if name in MODELS["base"] else ""
+                command.add_argument(option(name), help=f"{help} (default: {CONFIG[name]}{larger})", **details)
+        if function is prepare:
+            which, where = command.add_mutually_exclusive_group(), command.add_mutually_exclusive_group()
+            which.add_argument("--theme", choices=THEMES, default="bucolic", help="words (default: %(default)s)")
+            which.add_argument("--words", nargs="+", type=text, metavar="WORD", help="words of your own")
+            where.add_argument("--coco", metavar="DIR", help="a COCO folder on disk; nothing is fetched")
+            where.add_argument("--mirror", metavar="URL", default=COCO_URL, help="to fetch from (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -2226,8 +2107,9 @@ def refuse_contradictions(args):
         if args.interpolate and (len(args.prompts) != 2 or given & {"image", "show_steps"}):
             raise UserError("--interpolate goes between exactly two prompts, without --image or --show-steps.")
         if args.rerank and (given & {"interpolate", "show_steps"} or args.rerank < args.n):
-            raise UserError("--rerank N draws N pictures and keeps the best -n of them: N must be at least as "
-                            "large, and it doesn't go with --interpolate or --show-steps.")
+            raise UserError("--rerank N, at least as large as -n, goes without --interpolate and --show-steps.")
+    if args.function is prepare and UNSAFE_NAME.search(args.split):
+        raise UserError(f"--split {args.split} is not a plain name.")
     if args.function is train and args.latents == "flat" and args.channels:
         raise UserError("--channels is for a grid of latents, and --latents flat has none.")
     if args.function is train and not args.resume and args.prior == "normal":
@@ -2249,9 +2131,8 @@ def main(argv=None):
             raise
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            message = "The GPU ran out of memory; try a smaller -n."
-            if args.function is train:
-                message = "The GPU ran out of memory; try half of the --batch, --decoder-batch or --prior-batch."
+            size = "half of --batch, --decoder-batch or --prior-batch" if args.function is train else "a smaller -n"
+            message = f"The GPU ran out of memory; try {size}."
         elif isinstance(error, KeyboardInterrupt):
             message = message or "Interrupted. What was finished is kept; the same command goes on."
         elif isinstance(error, ImportError) and "clip" in str(error.name):  # two packages have this name
