@@ -201,8 +201,10 @@ CPU = torch.device("cpu")  # there CLIP computes in bfloat16 if that is fast; on
 @torch.no_grad()
 def encode_images(model, images):
     """Embed pictures with CLIP: uint8 or [0, 1] float (N, 3, H, H) -> unit vectors (N, E)."""
-    resolution, embeddings = model.visual.input_resolution, []
-    for batch in tqdm(images.split(64), "CLIP, images", leave=False, disable=len(images) <= 512):
+    resolution, embeddings, batches = model.visual.input_resolution, [], images.split(64)
+    if len(batches) > 8:  # no bar in the threads of `prepare`, which would wait for its lock
+        batches = tqdm(batches, "CLIP, images", leave=False)
+    for batch in batches:
         pixels = batch.float() / 255 if batch.dtype == torch.uint8 else batch
         if pixels.shape[-1] != resolution:
             pixels = F.interpolate(pixels, (resolution,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
