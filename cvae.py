@@ -971,9 +971,9 @@ ANIMALS = {
         (1, -.32, -.64, -.46, -.56, -.48, -.22, -.38, -.3)])}
 
 
-def draw_animal(draw, kind, place, width, facing, shade):
+def draw_animal(draw, animal, place, width, facing, shade):
     """Draw an animal that stands at `place` (x, y), `width` pixels long, facing -1 (left) or 1 (right)."""
-    (x, y), (colours, leg_top, shapes) = place, ANIMALS[kind]
+    (x, y), (colours, leg_top, shapes) = place, ANIMALS[animal]
     legs = [(1, leg - .04, leg_top, leg + .04, leg_top, leg + .035, 0, leg - .035, 0) for leg in (-.3, -.17, .17, .3)]
     for colour, *numbers in legs + shapes:
         xs, ys = [x + facing * width * px for px in numbers[::2]], [y + width * py for py in numbers[1::2]]
@@ -1014,8 +1014,8 @@ def draw_pasture(scene, seed):
     if relief == "mountains":
         for place, height in ((0.1, 0.2), (0.75, 0.18), (0.4, 0.26)):
             x, height = (place + variant) % 1 * SIZE, height * SIZE
-            for part, colour in ((1, (106, 112, 132)), (0.3, (240, 243, 248))):  # rock, then a snowy top
-                foot, half = horizon - (1 - part) * height, 1.2 * part * height
+            for share, colour in ((1, (106, 112, 132)), (0.3, (240, 243, 248))):  # rock, then a snowy top
+                foot, half = horizon - (1 - share) * height, 1.2 * share * height
                 draw.polygon([(x - half, foot), (x, horizon - height), (x + half, foot)], shade(colour))
     else:
         for layer, factor in ((0.09, 0.72), (0.04, 0.84)):
@@ -1263,18 +1263,18 @@ def read_records(path):
     except (ValueError, RecursionError) as error:
         layout = "in JSON lines" if "Extra data" in str(error) else "no JSON, or damaged, or cut short"
         raise UserError(f"{path} is not a COCO captions file: it is {layout}.") from error
-    parts = content if isinstance(content, dict) else {}
-    missing = [key for key in ("images", "annotations") if not isinstance(parts.get(key), list)]
+    listed = content if isinstance(content, dict) else {}
+    missing = [key for key in ("images", "annotations") if not isinstance(listed.get(key), list)]
     if missing:
         layout = ("a list, as of results" if isinstance(content, list) else "the Karpathy split, images with sentences"
                   if b'"sentences"' in text else f"without a list of {missing[0]}")
         raise UserError(f"{path} is not a COCO captions file: it is {layout}.")
-    fields = {field for record in parts["annotations"] if isinstance(record, dict) for field in record}
+    fields = {field for record in listed["annotations"] if isinstance(record, dict) for field in record}
     if "category_id" in fields and "caption" not in fields:
         raise UserError(f"{path} holds COCO's instances (outlines), not captions; take captions_... beside it.")
-    images, annotations, total = [], [], len(parts["images"]) + len(parts["annotations"])
+    images, annotations, total = [], [], len(listed["images"]) + len(listed["annotations"])
     unreadable = contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError)
-    for record in parts["images"]:
+    for record in listed["images"]:
         with unreadable:
             name, size = record["file_name"], (int(record["width"]), int(record["height"]))
             image = {"id": as_id(record["id"]), "file_name": name, "size": size}
@@ -1282,7 +1282,7 @@ def read_records(path):
                 if UNSAFE_NAME.search(name):
                     raise UserError(f"{path} names a photograph {name!r}, which is not a plain file name.")
                 images.append(image)
-    for record in parts["annotations"]:
+    for record in listed["annotations"]:
         with unreadable:
             if caption := record["caption"].strip():
                 annotations.append({"image_id": as_id(record["image_id"]), "caption": caption})
@@ -1361,11 +1361,12 @@ def embed_photographs(model, paths, device, batch=32):
     # Each core works through batches of its own: threads that share a batch wait for each other after every layer.
     # Decoding hardly holds Python's lock, so threads will do.
     torch.set_num_threads(1)
-    pool, parts = ThreadPoolExecutor(cores), [range(len(paths))[i:i + batch] for i in range(0, len(paths), batch)]
+    pool, batches = ThreadPoolExecutor(cores), [range(len(paths))[i:i + batch] for i in range(0, len(paths), batch)]
     images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
     kept, embeddings = [], []
     try:
-        for found, problems in tqdm(pool.map(work, parts), "CLIP, images", len(parts), unit="img", unit_scale=batch):
+        results = pool.map(work, batches)
+        for found, problems in tqdm(results, "CLIP, images", len(batches), unit="img", unit_scale=batch):
             for problem in problems:
                 tqdm.write(problem)
             for number, pixels, embedding in found:
@@ -1480,7 +1481,7 @@ def save_checkpoint(run, file, training=None):
 
 def save_last(run, stage, state, losses, done, finished=False):
     """Write last.pt: all that has a state_dict, the losses since the last report, the number of steps done."""
-    training = {name: part.state_dict() for name, part in state.items()}
+    training = {name: stateful.state_dict() for name, stateful in state.items()}
     training |= {"stage": stage, "losses": [float(loss) for loss in losses], "done": done, "finished": finished}
     save_checkpoint(run, "last.pt", training)
 
@@ -1490,9 +1491,9 @@ def restore(run, stage, state):
     if not run.resumed:
         save_last(run, stage, state, [], 0)
         return [], 0
-    for name, part in state.items():
+    for name, stateful in state.items():
         if run.resumed[name]:  # a scaler's is empty unless it was float16 that the run computed in
-            part.load_state_dict(run.resumed[name])
+            stateful.load_state_dict(run.resumed[name])
     return [torch.tensor(loss, device=run.device) for loss in run.resumed["losses"]], run.resumed["done"]
 
 
@@ -2003,10 +2004,10 @@ def demo(args):
 
 # Options -------------------------------------------------------------------------------------------
 
-def between(kind, low, high):
+def between(convert, low, high):
     """An argparse type: an int or a float from low to high."""
     def number(text):  # argparse says "invalid number value: 'x'"
-        value = kind(text)
+        value = convert(text)
         if not low <= value <= high:  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
@@ -2067,7 +2068,7 @@ COMMANDS = {  # what each says of itself, and its options
         "--show-steps": ("one row per prompt: from noise to a picture", YES),
         "--separate": ("also write each picture as a PNG of its own", YES),
         "--out": ("folder to write to", {"default": "samples", "metavar": "DIR"})}),
-    evaluate: ("measure a run on the test part of its data", {
+    evaluate: ("measure a run on the test split of its data", {
         **DRAWING, "--data": ("the run's data file, if it has moved", {})}),
     demo: ("a toy world from drawing to sampling: no download, no GPU, a few minutes", {
         "--epochs": ("of the VAE; fewer: quicker, worse", {"default": 3, **EPOCHS}),
