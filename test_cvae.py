@@ -1866,7 +1866,7 @@ def test_photographs_meet_the_bars(here):
         kept.parent.mkdir(exist_ok=True)
         torch.save(judge.state_dict(), kept)
     began = time.perf_counter()
-    cvae.main(["train", "--model", "small", "--epochs", "6", "--decoder-epochs", "8", "--prior-epochs", "130", "--run", "photographs"])
+    cvae.main(["train", "--model", "small", "--epochs", "6", "--decoder-epochs", "3", "--prior-epochs", "90", "--run", "photographs"])
     figures = {"minutes": (time.perf_counter() - began) / 60} | judge_photographs_run(Path("photographs/best.pt"), cvae.CONFIG["data"], judge)
     cvae.main(["evaluate", "--checkpoint", "photographs"])
     figures["table"] = table = json.loads(Path("photographs/evaluation.json").read_text())["table"]
