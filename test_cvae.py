@@ -712,9 +712,9 @@ def test_the_condition_is_standardised_and_knows_its_kind():
 @pytest.mark.slow
 def test_options_of_train_change_what_they_name(world, here):
     best = {}
-    for run in ("plain", "--dropout", "--latents flat", "--objective original", "--no-flip", "--size 128"):
-        some = [] if run == "plain" else run.split()
-        do(*training(world, run, "--prior", "normal", "--decoder-epochs", 0, "--epochs", 1, *some))
+    for run in ("plain", "dropout", "latents flat", "objective original", "no-flip", "size 128"):  # folders, and but for one, options
+        changed = [] if run == "plain" else f"--{run}".split()
+        do(*training(world, run, "--prior", "normal", "--decoder-epochs", 0, "--epochs", 1, *changed))
         best[run] = stored(f"{run}/best.pt")["vae"]
         models = cvae.load_models(f"{run}/best.pt", CPU)[0]
         pictures = cvae.generate(models, torch.randn(2, 16), cvae.IMAGE, torch.randn(2, *models["vae"].shape))
