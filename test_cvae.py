@@ -1278,7 +1278,7 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_is_no_nan(world, here, m
 # ---- A pretended card: the arithmetic is the processor's, but each tensor knows where a CUDA card or a Mac would hold it
 
 WHERE = WeakTensorKeyDictionary()
-SAVE_PRIOR_PICTURE = cvae.save_prior_picture
+SAVE_PRIOR_PICTURE, FIT = cvae.save_prior_picture, cvae.fit  # hardly_any_pictures takes them away
 MIXED = {"copy_", "set_", "swap_tensors", "__getitem__", "__setitem__"}  # in these, tensors of several devices may meet
 
 
@@ -1371,7 +1371,7 @@ def pretended(kind, monkeypatch, room=2**33):
     scaler = torch.amp.GradScaler  # "cuda" would find no card; the processor's follows the same path
     for thing, name, value in ((cvae, "choose_device", with_device(cvae.choose_device)), (cvae, "ThreadPoolExecutor", Pool),
                                (cvae, "choose_precision", with_device(cvae.choose_precision)), (cvae, "compiled", lambda network, run: network),
-                               (cvae, "save_prior_picture", SAVE_PRIOR_PICTURE), (torch.cuda, "mem_get_info", lambda *_: (room, room)),
+                               (cvae, "save_prior_picture", SAVE_PRIOR_PICTURE), (cvae, "fit", FIT), (torch.cuda, "mem_get_info", lambda *_: (room, room)),
                                (nn.Parameter, "__deepcopy__", deepcopy_parameter),
                                (torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", enabled=enabled))):
         monkeypatch.setattr(thing, name, value)
