@@ -450,7 +450,7 @@ CONFIG = {  # every setting of a run: each is an option of `train`, and checkpoi
     "data": "data/data.pt", "size": 64, "latents": "grid", "channels": 12, "prior": "flow", "objective": "elbo",
     "dropout": 0.0, "flip": True, "compile": True, "seed": 0,
     "vae_width": 32, "epochs": 30, "batch": 16, "lr": 3e-3,                             # stage 1: the VAE
-    "decoder_epochs": 6, "decoder_batch": 32, "decoder_lr": 5e-4,                      # stage 2: its decoder
+    "decoder_epochs": 6, "decoder_batch": 32, "decoder_lr": 5e-4,                       # stage 2: its decoder
     "prior_width": 192, "prior_depth": 6, "prior_epochs": 100, "prior_batch": 64, "prior_lr": 1.5e-3}  # stage 3
 MODELS = {  # what --model changes: "small" suits two processor cores and a Mac, "base" a CUDA card
     "small": {},
@@ -518,8 +518,8 @@ def fit(run, stage, networks, loss, validate, draw):
     batch = max(1, min(batch, len(train)) // world) * world  # a multiple of the processes, at most the data
     epoch_steps = max(1, len(train) // batch)
     total, period = epochs * epoch_steps, math.ceil(epochs / 30) * epoch_steps  # at most thirty validations
-    ema = deepcopy(networks).requires_grad_(False).eval()
-    run.models |= {name: network for name, network in ema.items() if name in run.models}
+    ema = nn.ModuleDict({name: deepcopy(network) for name, network in networks.items() if name in run.models})
+    run.models |= ema.requires_grad_(False).eval().items()
     # AdamW (arXiv 1711.05101) averages gradients; against a critic that learns, older ones mislead: 0.5 forgets them
     optimizer = torch.optim.AdamW([p for p in networks.parameters() if p.requires_grad], fused=True,
                                   betas=(0.5 if stage == "decoder" else 0.9, 0.99))
@@ -536,7 +536,8 @@ def fit(run, stage, networks, loss, validate, draw):
             torch.manual_seed(run.config["seed"] * 1_000_003 + step * world + rank)
             value = loss(order[place * batch:][:batch][rank::world], step / total)
             take_step(networks, optimizer, scaler, value, learning_rate(step, total, peak))
-            update_ema(ema, networks, step + 1)
+            for name, average in ema.items():
+                update_ema(average, networks[name], step + 1)
             losses.append(value.detach())
             bar.update(batch)
             done, now, stopped = step + 1, time.monotonic(), any_process(stop, run.device)

@@ -2266,12 +2266,12 @@ def training_steps(model, size, device, dtype, compile, stages=("vae", "prior"),
 
     def catch(run, stage, networks, loss, *_):
         optimizer = torch.optim.AdamW([p for p in networks.parameters() if p.requires_grad], fused=True)
-        scaler, ema = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), deepcopy(networks).requires_grad_(False)
-        batch = config["batch" if stage == "vae" else f"{stage}_batch"]
+        scaler, network = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), networks["prior" if stage == "prior" else "vae"]
+        batch, ema = config[cvae.setting(stage, "batch")], deepcopy(network).requires_grad_(False)
 
         def step():
             cvae.take_step(networks, optimizer, scaler, loss(torch.randint(count, (batch,), device=device), 0.5), 1e-4)
-            cvae.update_ema(ema, networks, 1000)
+            cvae.update_ema(ema, network, 1000)
         steps[stage] = step, batch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cvae, "fit", catch)
