@@ -399,9 +399,9 @@ def sample_posterior(mu, logvar):
 #     -log p(x | z, c) = D/2 log(2 pi variance) + |x - x_hat|² / (2 variance)
 #                      = D/2 log(MSE) + a constant          at  variance = MSE = |x - x_hat|² / D
 #
-# So the loss is D/2 log(MSE) + KL: half the squared error is worth D/2 log 2 nats of KL (a bit is log 2 nats). To store
-# a picture takes at most (KL - log p(x | z, c)) / (D log 2) + log2(256) bits per dimension. Usual at 64 pixels: 5.5 to
-# 6.5 bits, 500 to 2,000 nats of KL, a PSNR (-10 log10 MSE) of 22 to 29 dB.
+# So with each batch's MSE as the variance the loss is D/2 log(MSE) + KL: half the squared error is worth D/2 log 2 nats
+# of KL (a bit is log 2 nats). To store a picture takes at most (KL - log p(x | z, c)) / (D log 2) + log2(256) bits per dimension. Usual at
+# 64 pixels: 5.5 to 6.5 bits, 500 to 2,000 nats of KL, a PSNR (-10 log10 MSE) of 22 to 29 dB.
 
 QUANTISATION = 1 / (12 * 256**2)  # of the MSE: pixels are 256 levels, each spread over its width (dequantisation)
 
@@ -411,25 +411,15 @@ def kl_divergence(mu, logvar):
     return 0.5 * (logvar.exp() + mu**2 - 1 - logvar).flatten(1).sum(1)
 
 
-def gaussian_nll(mse, dimensions, variance):
-    """-log p(x | z, c) in nats, of D = dimensions values."""
-    return 0.5 * dimensions * (torch.log(2 * math.pi * variance) + mse / variance)
-
-
-def bits_per_dimension(nats, dimensions):
-    """Nats per picture on [0, 1] pixels -> bits per 256-level value."""
-    return nats / (dimensions * math.log(2)) + 8
-
-
-def elbo_loss(x_hat, x, kl, kl_weight=1.0, variance=None):
-    """Minus the ELBO in bits per dimension, the batch's mean; by default with the best variance, the batch's MSE."""
+def elbo_loss(x_hat, x, kl, variance, kl_weight=1.0):
+    """Minus the ELBO, in bits per dimension, a mean over the pictures; variance: the likelihood's."""
     dimensions, mse = x[0].numel(), F.mse_loss(x_hat, x) + QUANTISATION
-    variance = mean_over_processes(mse.detach()) if variance is None else variance
-    return bits_per_dimension(gaussian_nll(mse, dimensions, variance) + kl_weight * kl.mean(), dimensions)
+    nll = dimensions / 2 * (torch.log(2 * math.pi * variance) + mse / variance)  # -log p(x | z, c), in nats
+    return (nll + kl_weight * kl.mean()) / (dimensions * math.log(2)) + 8        # 8: values in [0, 1] are 256 levels
 
 
-def original_loss(x_hat, x, kl, kl_weight=1.0, variance=None):
-    """The report's loss: BCE summed over pixels, averaged over channels, + 0.5 KL + 0.1 (1 - SSIM)."""
+def original_loss(x_hat, x, kl, variance=None, kl_weight=1.0):
+    """The report's loss, which has no variance: BCE summed over pixels, averaged over channels, + KL and SSIM."""
     # BCE on values between 0 and 1 acts like a Gaussian of a large variance: few details are worth their KL, all blurs
     bce = F.binary_cross_entropy(x_hat, x, reduction="none").sum((1, 2, 3)) / 3
     return (bce + 0.5 * kl_weight * kl + 0.1 * (1 - ssim(x_hat, x)) / len(x)).mean()
@@ -559,6 +549,21 @@ def fit(run, stage, networks, loss, validate, draw):
                                         f"on with: python cvae.py train --resume --run {run.folder}")
 
 
+def train_stages(run):
+    """Train the stages in turn, each on the best weights of the one before; a resumed run begins where it stopped."""
+    for stage in stages_of(run.config):
+        if run.resumed and run.resumed["stage"] != stage:
+            continue  # it is finished
+        {"vae": train_vae, "decoder": train_decoder, "prior": train_prior}[stage](run)
+        run.resumed = None
+        if dist.is_initialized():
+            dist.barrier()  # until the first process has written
+        best = load(run.folder / "best.pt", "checkpoint")
+        for name, network in run.models.items():
+            if network:
+                network.load_state_dict(best[name])
+
+
 def train_vae(run):
     """Stage 1: encoder and decoder learn to lower minus the ELBO."""
     objective, val = OBJECTIVES[run.config["objective"]], indices(run.data, VAL)
@@ -569,37 +574,24 @@ def train_vae(run):
     print(f"{run.folder}: the VAE, {count_parameters(vae):,} parameters")
     forward, x = compiled(vae, run), get_images(run.images, val, run.device)
     grey = x.mean((0, 2, 3), keepdim=True).expand_as(x)  # the best single colour
-    vae.variance.copy_(F.mse_loss(grey, x))
-    run.history.setdefault("vae", [{"step": 0, "epoch": 0, "loss": objective(grey, x, x.new_zeros(len(x))).item()}])
+    vae.variance.copy_(F.mse_loss(grey, x) + QUANTISATION)
+    knowing_nothing = objective(grey, x, x.new_zeros(len(x)), vae.variance).item()
+    run.history.setdefault("vae", [{"step": 0, "epoch": 0, "loss": knowing_nothing}])
 
     def loss(index, progress):
         x = mirror_half(get_images(run.images, index, run.device), run.config["flip"])  # (n, 3, S, S)
         with autocast(run.device, run.dtype):
             x_hat, kl = forward(x, *sample_condition(run.data, index))
-        # a running mean over fifty steps; the KL fades in, or it could empty z before the decoder can use it
-        vae.variance.lerp_(mean_over_processes(F.mse_loss(x_hat.detach(), x)) + QUANTISATION, 0.02)
-        return objective(x_hat, x, kl, min(1, 8 * progress))
+        variance = mean_over_processes(F.mse_loss(x_hat.detach(), x)) + QUANTISATION  # the best for this batch
+        vae.variance.lerp_(variance, 0.02)  # a running mean over fifty steps, to measure with
+        # the KL fades in, or it could empty z before the decoder can use it
+        return objective(x_hat, x, kl, variance, kl_weight=min(1, 8 * progress))
 
     def validate():
         return measure_vae(run.models["vae"], run.images, run.data, val, objective)
 
     fit(run, "vae", nn.ModuleDict({"vae": vae}), loss, validate,
         lambda path: save_reconstructions(path, run.models["vae"], run.images, run.data, val[:8]))
-
-
-@torch.no_grad()
-def measure_vae(vae, images, data, index, objective=elbo_loss):
-    """Figures on photographs, with the variance of training: dict with loss, bpd, kl (nats) and psnr (dB)."""
-    torch.manual_seed(0)  # the same noise at every call
-    total = torch.zeros(4, device=index.device)
-    for batch in index.split(64):
-        x = get_images(images, batch, index.device)
-        x_hat, kl = vae(x, data["image_embeddings"][batch], IMAGE)
-        total += len(x) / len(index) * torch.stack([
-            objective(x_hat, x, kl, variance=vae.variance),
-            elbo_loss(x_hat, x, kl, variance=vae.variance), kl.mean(), F.mse_loss(x_hat, x)])
-    loss, bpd, kl, mse = total.tolist()
-    return {"loss": loss, "bpd": bpd, "kl": kl, "psnr": -10 * math.log10(mse)}
 
 
 # Try it: the VAE alone, in a minute: loss.png and epoch.png in tried/vae. (In runs/ the demo's run stays the newest.)
@@ -1435,6 +1427,21 @@ def ssim(a, b):
             / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))).flatten(1).mean(1)
 
 
+@torch.no_grad()
+def measure_vae(vae, images, data, index, objective=elbo_loss):
+    """Figures on photographs, with the variance of training: dict with loss, bpd, kl (nats) and psnr (dB)."""
+    torch.manual_seed(0)  # the same noise at every call
+    total = torch.zeros(4, device=index.device)
+    for batch in index.split(64):
+        x = get_images(images, batch, index.device)
+        x_hat, kl = vae(x, data["image_embeddings"][batch], IMAGE)
+        total += len(x) / len(index) * torch.stack([
+            objective(x_hat, x, kl, vae.variance),
+            elbo_loss(x_hat, x, kl, vae.variance), kl.mean(), F.mse_loss(x_hat, x)])
+    loss, bpd, kl, mse = total.tolist()
+    return {"loss": loss, "bpd": bpd, "kl": kl, "psnr": -10 * math.log10(mse)}
+
+
 @contextlib.contextmanager
 def defer_signals():
     """Within the block Ctrl-C, and SIGTERM (Slurm, docker, a shutdown), only leave a note in this list."""
@@ -1862,17 +1869,7 @@ def train(args):
     device = choose_device(args.device)
     with several_processes(device):
         run = open_run(args, device)
-        for stage in stages_of(run.config):
-            if run.resumed and run.resumed["stage"] != stage:
-                continue  # it is finished
-            {"vae": train_vae, "decoder": train_decoder, "prior": train_prior}[stage](run)
-            run.resumed = None
-            if dist.is_initialized():
-                dist.barrier()  # until the first process has written
-            best = load(run.folder / "best.pt", "checkpoint")
-            for name, network in run.models.items():
-                if network:
-                    network.load_state_dict(best[name])
+        train_stages(run)
         if processes()[0] == 0:
             save_prior_picture(run.folder / "prior.png", run.models, run.images, run.data)
 
@@ -1892,7 +1889,7 @@ def sample(args):
 
     def noise(count):  # anew for each row: a prompt's row does not depend on its neighbours
         torch.manual_seed(args.seed)
-        return args.temperature * torch.randn(count, *models["vae"].shape, device=device)
+        return torch.randn(count, *models["vae"].shape, device=device)
 
     if args.interpolate:  # one row, in which only the condition changes
         (first, a, _), (second, b, _) = requests
@@ -2061,7 +2058,6 @@ COMMANDS = {  # what each says of itself, and its options
         "prompts": ("what to draw", {"nargs": "*", "type": text, "metavar": "PROMPT"}), **DRAWING,
         "-n": ("pictures per prompt", {"type": between(int, 1, 64), "default": 8}),
         "--prior": ("normal: draw z from N(0, I), whatever was learned", {"choices": ["flow", "normal"]}),
-        "--temperature": ("of the noise", {"type": between(float, 0, 2), "default": 1.0}),
         "--rerank": ("draw N per prompt and keep those that CLIP likes best",
                      {"type": between(int, 1, 4096), "default": 0, "metavar": "N"}),
         "--image": ("draw variations of a photograph", {"metavar": "FILE"}),

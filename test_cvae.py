@@ -227,13 +227,15 @@ def test_kl_likelihood_and_bits_agree_with_torch_distributions_and_known_cases()
     nll = [-normal(picture, scale * mse.sqrt()).log_prob(x).sum() for scale in (0.9, 1.0, 1.1)]
     assert nll[1] < nll[0] and nll[1] < nll[2]
     for scale, expected in zip((0.9, 1.0, 1.1), nll):  # with a variance from elsewhere, too
-        torch.testing.assert_close(cvae.gaussian_nll(mse, 500, scale**2 * mse), expected)
-    # bits per dimension of known cases
-    variance = torch.tensor(1 / (2 * np.pi * np.e))  # has the entropy of the uniform density on [0, 1]: all 8 bits
-    assert cvae.bits_per_dimension(cvae.gaussian_nll(variance, 10, variance), 10).item() == pytest.approx(8, abs=1e-5)
-    x, noise = torch.rand(2, 3, 8, 8), 0.5 * np.log2(2 * np.pi * np.e / 12)  # a perfect picture leaves only the dequantisation noise
-    assert cvae.elbo_loss(x, x, torch.zeros(2)).item() == pytest.approx(noise, abs=1e-4)
-    assert cvae.elbo_loss(x, x, torch.full((2,), 192 * np.log(2))).item() == pytest.approx(1 + noise, abs=1e-4)  # D ln 2 nats: one bit per value
+        bits = cvae.elbo_loss(picture[None], x[None], torch.zeros(1), scale**2 * mse)  # of which the MSE of quantised pixels is a part
+        expected += 250 * cvae.QUANTISATION / (scale**2 * mse)
+        assert (bits.item() - 8) * 500 * np.log(2) == pytest.approx(expected.item())
+    # bits per dimension of known cases: a perfect picture leaves only the dequantisation noise
+    x, noise, variance = torch.rand(2, 3, 8, 8), 0.5 * np.log2(2 * np.pi * np.e / 12), torch.tensor(cvae.QUANTISATION)
+    assert cvae.elbo_loss(x, x, torch.zeros(2), variance).item() == pytest.approx(noise, abs=1e-4)
+    one_bit = torch.full((2,), 192 * np.log(2))  # D ln 2 nats: one bit per value
+    assert cvae.elbo_loss(x, x, one_bit, variance).item() == pytest.approx(1 + noise, abs=1e-4)
+    assert cvae.elbo_loss(x, x, one_bit, variance, 0.5).item() == pytest.approx(0.5 + noise, abs=1e-4)
 
 
 def slow_ssim(a, b):
@@ -266,7 +268,7 @@ def test_the_loss_of_any_valid_batch_is_finite_and_so_are_its_gradients(latents)
         model = cvae.VAE(64, 4, latents, dropout=0.3)
         picture, kl = model(x, 10 * torch.randn(3, 4), torch.tensor([0, 1, 1]))
         for objective in cvae.OBJECTIVES.values():
-            loss = objective(picture, x, kl)
+            loss = objective(picture, x, kl, F.mse_loss(picture, x).detach() + cvae.QUANTISATION)
             loss.backward(retain_graph=True)
             assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -739,7 +741,8 @@ def test_a_model_overfits_one_batch(latents):
     torch.manual_seed(0)
     x = torch.stack([cvae.centre_square(cvae.draw_pasture(cvae.random_scene(random.Random(i)), i), 64) for i in range(4)]) / 255
     model, c, kind = cvae.VAE(64, 4, latents), torch.eye(4), torch.zeros(4, dtype=torch.long)
-    losses = descend(model.parameters(), 70, lambda step: cvae.elbo_loss(model(x, c, kind)[0], x, torch.zeros(4)))
+    half_log_mse = lambda step: torch.log(F.mse_loss(model(x, c, kind)[0], x)) / 2 / np.log(2)  # bits, with the best variance
+    losses = descend(model.parameters(), 70, half_log_mse)
     assert losses[-1] < losses[0] - (2.2 if latents == "grid" else 1.2)
     assert -10 * torch.log10(F.mse_loss(model.eval()(x, c, kind)[0], x)) > 18
 
@@ -1077,7 +1080,7 @@ def test_sample_is_reproducible_and_every_option_does_something(run_folder, worl
     picture = lambda *options: draw("lively.pt", "-n", 3, "a sheep on a hill", *options)
     plain, photograph = picture(), world / "coco/val2017/000000000003.jpg"
     assert np.array_equal(plain, picture()) and len(list(Path("samples").iterdir())) == 2  # the second did not overwrite the first
-    for options in (["--seed", 1], ["--temperature", 1.5], ["--guidance", 3], ["--rerank", 12], ["--steps", 1], ["-n", 4],
+    for options in (["--seed", 1], ["--guidance", 3], ["--rerank", 12], ["--steps", 1], ["-n", 4],
                     ["--show-steps"], ["--image", photograph]):
         assert not np.array_equal(plain, picture(*options)), options
     assert picture("a cow at night").shape[0] > 1.8 * plain.shape[0]
@@ -1482,7 +1485,7 @@ def test_two_processes_take_the_step_of_one_with_the_same_batch(world, here, mon
             torch.manual_seed(rank)
             loss(batch[rank::2], 0.0).backward()
             gradients.append([p.grad.clone() for p in networks.parameters()])
-    assert len(said_by[0]) == len(said_by[1]) == 2  # the loss asked for the variance of all, and the running variance did
+    assert len(said_by[0]) == len(said_by[1]) == 1  # the loss asked for the variance of all
     found, first = torch.load("gradient-0.pt"), torch.load("first-0.pt")
     assert found["mean of ranks"] == 0.5  # twice the gradient by twice the variance would not show below
     for (name, p), a, b in zip(networks.named_parameters(), *gradients[2:]):
@@ -1916,7 +1919,7 @@ def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
 
     def loss():
         picture, kl = vae(x, c[:16], kind[:16])
-        return cvae.elbo_loss(picture, x, kl)
+        return cvae.elbo_loss(picture, x, kl, torch.tensor(0.01))
     # a 3x3 convolution is a product of (places, 9 C) with (9 C, C)
     store = share_of_the_machine(vae, loss, [(16 * 64, 9 * 96, 96), (16 * 256, 9 * 64, 64), (16 * 1024, 9 * 32, 12)], 16)
     with capsys.disabled():
