@@ -110,7 +110,7 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
 #             z = z - flow(z, t, c) / 16                  # a step against the velocity, towards a latent
 #         picture = decode(z, c)                          # 12x8x8 -> 3x64x64
 #
-# One letter, one meaning:
+# Letters, in shapes and comments:
 #     x, x_hat     a picture, a reconstruction     (N, 3, S, S)    N pictures, each of D = 3 · S · S values in [0, 1]
 #     z            a latent: all its numbers       (N, C, G, G)    G = S / 8 cells a side, C = 12 channels
 #     mu, logvar   of q(z | x, c)                  (N, C, G, G)    sigma = exp(logvar / 2)
@@ -138,27 +138,6 @@ def word_pattern(words):
     stems = "|".join(re.escape(word) for word in words)
     endings = "s|es|y|ed|ous|lands?|sides?|tops?|yards?|house|back"
     return re.compile(rf"(?<!\w)(?:{stems})(?:{endings})?(?!\w)" if any(words) else "", re.IGNORECASE)
-
-
-def read_captions(path, words):
-    """Photographs with one of `words` in a caption: dicts with id, file_name, size (width, height) and captions."""
-    images, annotations = read_records(path)
-    # pycocotools joins the two lists; it wants captions numbered, and it prints
-    from pycocotools.coco import COCO
-    coco = COCO()
-    coco.dataset = {"images": images, "annotations": [a | {"id": i} for i, a in enumerate(annotations)]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    photographs = {}  # by file name: a photograph that is listed twice is one photograph
-    for image in coco.imgs.values():
-        photograph = photographs.setdefault(image["file_name"], image | {"captions": []})
-        photograph["captions"] += [a["caption"] for a in coco.imgToAnns[image["id"]]]
-    pattern = word_pattern(words)
-    chosen = [p for p in photographs.values() if any(pattern.search(caption) for caption in p["captions"])]
-    if not chosen:
-        hint = " Separate words by spaces, not by commas." if "," in "".join(words) else ""
-        raise UserError(f"No caption in {path} mentions any of: {', '.join(words)}.{hint}")
-    return chosen
 
 
 def centre_square(photograph, size):
@@ -189,7 +168,7 @@ def split_data(images):
 
 # %% 2. CLIP ----------------------------------------------------------------------------------------
 # CLIP (Radford et al. 2021, arXiv 2103.00020) is an image encoder and a text encoder, trained together: the vectors of
-# a picture and its caption have a high cosine, those of a mismatch a low one. Only the directions of these vectors,
+# a picture and its caption have a higher cosine than those of a mismatch. Only the directions of these vectors,
 # called embeddings, count, so each is scaled to length one. It has E numbers: 512 for ViT-B/32, the CLIP we use.
 # `prepare` (appendix C) embeds all pictures and captions once, into one data file.
 
@@ -201,10 +180,8 @@ CPU = torch.device("cpu")  # there CLIP computes in bfloat16 if that is fast; on
 @torch.no_grad()
 def encode_images(model, images):
     """Embed pictures with CLIP: uint8 or [0, 1] float (N, 3, H, H) -> unit vectors (N, E)."""
-    resolution, embeddings, batches = model.visual.input_resolution, [], images.split(64)
-    if len(batches) > 8:  # no bar in the threads of `prepare`, which would wait for its lock
-        batches = tqdm(batches, "CLIP, images", leave=False)
-    for batch in batches:
+    resolution, embeddings = model.visual.input_resolution, []
+    for batch in images.split(64):
         pixels = batch.float() / 255 if batch.dtype == torch.uint8 else batch
         if pixels.shape[-1] != resolution:
             pixels = F.interpolate(pixels, (resolution,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
@@ -232,7 +209,7 @@ def encode_texts(model, texts):
 # The modality gap. CLIP only asks pairs to be nearer than mismatches, and images and captions end up in two separate
 # narrow cones (Liang et al. 2022, arXiv 2203.02053). The report trained on image embeddings and prompted with text
 # embeddings, which its decoder had never seen. Here a training picture comes with its own embedding or, at random,
-# with that of one of its captions, and every network is told which: the modality.
+# with that of one of its captions, and encoder, decoder and prior are told which: the modality.
 
 IMAGE, TEXT, NULL = 0, 1, 2  # modality of a condition; NULL: no condition, which guidance needs (section 8)
 
@@ -249,7 +226,7 @@ class Condition(nn.Module):
         nn.init.zeros_(self.modality.weight)  # at first all modalities look alike
 
     def learn_statistics(self, data, index):
-        """Mean and deviation of each modality, whose embeddings differ little: `forward` standardises them."""
+        """Mean and deviation of each modality's embeddings; `forward` standardises them."""
         for modality, embeddings in ((IMAGE, data["image_embeddings"][index]),
                                      (TEXT, data["caption_embeddings"][index].flatten(0, 1))):
             self.mean[modality], self.std[modality] = embeddings.mean(0), embeddings.std(0) + 1e-6
@@ -286,7 +263,7 @@ def sample_condition(data, index):
 #
 # A convolution at 64x64 does 64 times the work of the same one at 8x8, so most layers work on small maps. Beside the
 # encoder and the decoder runs a linear skip connection: weighted sums of each 8x8 square go to its cell of the latent,
-# and back, as in JPEG. Deep networks learn such simple maps slowly: in the first 90 seconds it brought 1.4 dB of PSNR.
+# and back, as in JPEG. Deep networks learn such simple maps slowly.
 
 LATENT_DIM = 128          # numbers in the flat latent, the report's
 CONDITION_CHANNELS = 32   # the condition's share of the channels, the report's
@@ -311,7 +288,7 @@ def upsample(channels_in, channels, kernel=1):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder. size: pixels S; condition_dim: E; width: channels at S / 2.
+    """Encoder and decoder. size: pixels S; condition_dim: E; width: channels at S / 2 (32 in the comments).
 
     The latent z is (N, C, G, G): C = channels and G = S / 8 if latents is "grid", C = 128 and G = 1 if "flat".
     dropout on z, the report's, makes the decoder rely more on c.
@@ -341,7 +318,7 @@ class VAE(nn.Module):
         self.register_buffer("variance", torch.tensor(1.0))  # of the likelihood, see section 4
 
     def concat_condition(self, h, embedding, modality):
-        """Concatenate the condition to a map, the same in every cell: (N, C, G, G) -> (N, C + 32, G, G)."""
+        """Concatenate the condition to a map, the same in every cell: (N, K, H, H) -> (N, K + 32, H, H)."""
         condition = self.condition(embedding, modality)[:, :, None, None]               # (N, 32, 1, 1)
         return torch.cat([h, condition.expand(-1, -1, *h.shape[2:])], dim=1)
 
@@ -388,10 +365,10 @@ def sample_posterior(mu, logvar):
 #                 >= E_q [ log ( p(x | z, c) p(z) / q(z | x, c) ) ]       Jensen: log of a mean >= mean of logs
 #                  = E_q [ log p(x | z, c) ] - KL( q(z | x, c) || p(z) )  =  ELBO
 #
-# The integral can't be computed; one draw z from q estimates the last line. Its first term asks for good
-# reconstructions, its second for a q near p(z) = N(0, I). Stage 3 learns a better p(z | c); in stage 1 a fixed p(z)
-# keeps latents near zero and of a size near one, and its KL charges for each nat that z says about x. Without it the
-# encoder could spread latents without limit, and no flow could learn where they are.
+# The integral can't be computed; of the last line one draw z estimates the first term, and the second has a formula.
+# They ask for good reconstructions and for a q near p(z) = N(0, I). Stage 3 learns a better p(z | c); in stage 1 a
+# fixed p(z) keeps latents near zero and of a size near one, and the KL charges for each nat that z says about x.
+# Without it the encoder could spread latents without limit, and no flow could learn where they are.
 #
 # The likelihood p(x | z, c) is a Gaussian around x_hat with one variance for all D values. Chosen by hand, it would
 # weigh the two terms, like the beta of a beta-VAE. The best one is the MSE (sigma-VAE, arXiv 2006.13202):
@@ -399,8 +376,8 @@ def sample_posterior(mu, logvar):
 #     -log p(x | z, c) = D/2 log(2 pi variance) + |x - x_hat|² / (2 variance)
 #                      = D/2 log(MSE) + a constant          at  variance = MSE = |x - x_hat|² / D
 #
-# So with each batch's MSE as the variance the loss is D/2 log(MSE) + KL: half the squared error is worth D/2 log 2 nats
-# of KL (a bit is log 2 nats). To store a picture takes at most (KL - log p(x | z, c)) / (D log 2) + log2(256) bits per dimension. Usual at
+# So with each batch's MSE as the variance the loss is D/2 log(MSE) + KL: half the squared error is worth D/2 log 2
+# nats of KL. A picture can be stored in (KL - log p(x | z, c)) / (D log 2) + 8 bits per dimension, at most; usual at
 # 64 pixels: 5.5 to 6.5 bits, 500 to 2,000 nats of KL, a PSNR (-10 log10 MSE) of 22 to 29 dB.
 
 QUANTISATION = 1 / (12 * 256**2)  # of the MSE: pixels are 256 levels, each spread over its width (dequantisation)
@@ -498,7 +475,7 @@ def update_ema(ema, network, step):
 
 
 def fit(run, stage, networks, loss, validate, draw):
-    """The training loop of all stages. best.pt is of the lowest validation "loss", or the last where there is none.
+    """The training loop of all stages. best.pt has the lowest validation "loss"; without one, the newest weights.
 
     networks: an nn.ModuleDict; run.models gets the averages of its "vae" and "prior". loss(index, progress): the loss
     on photographs (n,) after this share of the steps. validate(): figures. draw(path): a picture.
@@ -550,7 +527,7 @@ def fit(run, stage, networks, loss, validate, draw):
 
 
 def train_stages(run):
-    """Train the stages in turn, each on the best weights of the one before; a resumed run begins where it stopped."""
+    """Train the stages in turn, each on what best.pt has of the one before; a resumed run begins where it stopped."""
     for stage in stages_of(run.config):
         if run.resumed and run.resumed["stage"] != stage:
             continue  # it is finished
@@ -594,7 +571,7 @@ def train_vae(run):
         lambda path: save_reconstructions(path, run.models["vae"], run.images, run.data, val[:8]))
 
 
-# Try it: the VAE alone, in a minute: loss.png and epoch.png in tried/vae. (In runs/ the demo's run stays the newest.)
+# Try it: the VAE alone, in a minute: loss.png and epoch.png in tried/vae.
 #     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --decoder-epochs 0 --no-flip --run tried/vae
 
 # %% 6. The decoder's second lesson -------------------------------------------------------------------
@@ -602,7 +579,7 @@ def train_vae(run):
 # of their mean, and a mean of hairs is a smear. A likelihood that judges pixel by pixel asks for no more. So after
 # stage 1 a critic joins: a network that looks at patches and learns to tell photographs from reconstructions, while the
 # decoder learns to mislead it. Such a pair is a generative adversarial network, a GAN (Larsen et al. 2016, arXiv
-# 1512.09300; Esser et al. 2021, arXiv 2012.09841). Stable Diffusion's decoder was trained like this.
+# 1512.09300; Esser et al. 2021, arXiv 2012.09841). Stable Diffusion's autoencoder had a critic, too.
 #
 #     critic:   max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))         photographs above 1, reconstructions below -1
 #     decoder:  MSE / (2 variance) - w critic(x_hat)                      stay near x, and raise the critic's answer
@@ -644,10 +621,10 @@ def train_decoder(run):
         x = mirror_half(get_images(run.images, index, run.device), run.config["flip"])  # (n, 3, S, S)
         top, left = torch.randint(9, (2,)).tolist()  # crop at random, or the critic sees each square at one place
         crop = ..., slice(top, top + x.shape[2] - 8), slice(left, left + x.shape[3] - 8)
-        c = sample_condition(run.data, index)
+        condition = sample_condition(run.data, index)
         with autocast(run.device, run.dtype):
-            z = sample_posterior(*first.encode(x, *c))
-            x_mean, x_hat = first_decode(z, *c), decode(z, *c)
+            z = sample_posterior(*first.encode(x, *condition))
+            x_mean, x_hat = first_decode(z, *condition), decode(z, *condition)
             critic.requires_grad_(False)  # the decoder's step: gradients pass through the critic
             gain = critic(x_hat[crop]).float().mean()
             critic.requires_grad_(True)   # the critic's step: no gradients pass to the decoder
@@ -862,13 +839,6 @@ def generate(models, embedding, modality, noise, guidance=GUIDANCE, steps=STEPS)
     return torch.cat(pictures)
 
 
-def slerp(a, b, steps):
-    """Points on the arc from a (E,) to b (E,): (steps, E). A chord would leave the sphere of embeddings."""
-    angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1)).clamp(min=1e-4)
-    t = torch.linspace(0, 1, steps, device=a.device)[:, None]
-    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-
-
 # Try it: with guidance 4 more pictures show what the prompt says, and they are more alike. And 2 steps instead of 16.
 #     python cvae.py sample "two cows in the snow" --guidance 1
 #     python cvae.py sample "two cows in the snow" --guidance 4
@@ -881,11 +851,11 @@ def slerp(a, b, steps):
 #     does the picture show the caption?   CLIP score, and R-precision: of 100 captions, is its own nearest?
 #     do samples of one caption differ?    mean distance between their CLIP embeddings
 #     do they look like photographs?       CMMD, a distance between two distributions of embeddings
-#     are they copies?                     how far it is from a sample to the nearest training picture
+#     are they copies?                     median distance from a sample to the nearest training picture
 #
-# Real photographs answer the same questions, for comparison. CLIP is a biased judge: the model was trained on its
-# embeddings. Samples can beat photographs in R-precision, since a sample shows what CLIP read in the caption and a
-# photograph also what nobody mentioned. Look at the pictures, too.
+# Photographs are asked, too (where no two share a caption, their diversity is over all). CLIP is a biased judge: the
+# model was trained on its embeddings. Samples can beat photographs in R-precision, since a sample shows what CLIP read
+# in the caption and a photograph also what nobody mentioned. Look at the pictures, too.
 
 
 def caption_match(images, own, texts):
@@ -906,7 +876,7 @@ def diversity(images, own):
 
 
 def cmmd(a, b):
-    """CMMD (arXiv 2401.09603) of unit vectors (N, E), (M, E): 1000 · MMD², kernel exp(-|u - v|² / 2σ²), σ = 10."""
+    """CMMD (arXiv 2401.09603) of unit vectors (N, E), (M, E): 1000 · MMD², kernel exp(-|u - v|² / (2 · 10²))."""
     def kernel(u, v):
         return torch.exp(-torch.cdist(u.cpu().double(), v.cpu().double()).square() / (2 * 10**2)).mean()
 
@@ -1287,6 +1257,27 @@ def read_records(path):
     return images, annotations
 
 
+def read_captions(path, words):
+    """Photographs with one of `words` in a caption: dicts with id, file_name, size (width, height) and captions."""
+    images, annotations = read_records(path)
+    # pycocotools joins the two lists; it wants captions numbered, and it prints
+    from pycocotools.coco import COCO
+    coco = COCO()
+    coco.dataset = {"images": images, "annotations": [a | {"id": i} for i, a in enumerate(annotations)]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    photographs = {}  # by file name: a photograph that is listed twice is one photograph
+    for image in coco.imgs.values():
+        photograph = photographs.setdefault(image["file_name"], image | {"captions": []})
+        photograph["captions"] += [a["caption"] for a in coco.imgToAnns[image["id"]]]
+    pattern = word_pattern(words)
+    chosen = [p for p in photographs.values() if any(pattern.search(caption) for caption in p["captions"])]
+    if not chosen:
+        hint = " Separate words by spaces, not by commas." if "," in "".join(words) else ""
+        raise UserError(f"No caption in {path} mentions any of: {', '.join(words)}.{hint}")
+    return chosen
+
+
 def is_there(folder, photograph):
     """Whether a photograph is a file in `folder`. A link that leads elsewhere is refused, as such a name is."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long a name, a link to itself, ...
@@ -1650,6 +1641,13 @@ def read_requests(args, clip_model, device):
             print(f"This prompt was cut; CLIP reads {clip_model.context_length} tokens: {prompt[:60]}...")
         requests.append((prompt, encode_texts(clip_model, [prompt]), TEXT))
     return requests
+
+
+def slerp(a, b, steps):
+    """Points on the arc from a (E,) to b (E,): (steps, E). A chord would leave the sphere of embeddings."""
+    angle = torch.arccos(F.cosine_similarity(a, b, dim=0).clamp(-1, 1)).clamp(min=1e-4)
+    share = torch.linspace(0, 1, steps, device=a.device)[:, None]
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
 def sample_path(folder, label):
