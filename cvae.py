@@ -517,7 +517,7 @@ def fit(run, stage, networks, loss, validate, draw):
                 report(run, stage, figures | validate(), speed=(done - start) * batch / (now - began))
                 losses.clear()
             if saving and rank == 0:
-                save_last(run, stage, state, losses, done, finished=done == total)
+                save_last(run, stage, state, losses, done)
                 save_curves(run.folder / "loss.png", run.history)
                 draw(run.folder / "epoch.png")
                 saved = now
@@ -549,14 +549,14 @@ def train_vae(run):
     vae.condition.learn_statistics(run.data, indices(run.data, TRAIN))
     vae = vae.to(run.device, memory_format=torch.channels_last)
     print(f"{run.folder}: the VAE, {count_parameters(vae):,} parameters")
-    forward, x = compiled(vae, run), get_images(run.images, val, run.device)
+    forward, x = compiled(vae, run), get_images(run.images, val)
     grey = x.mean((0, 2, 3), keepdim=True).expand_as(x)  # the best single colour
     vae.variance.copy_(F.mse_loss(grey, x) + QUANTISATION)
     knowing_nothing = objective(grey, x, x.new_zeros(len(x)), vae.variance).item()
     run.history.setdefault("vae", [{"step": 0, "epoch": 0, "loss": knowing_nothing}])
 
     def loss(index, progress):
-        x = mirror_half(get_images(run.images, index, run.device), run.config["flip"])  # (n, 3, S, S)
+        x = mirror_half(get_images(run.images, index), run.config["flip"])  # (n, 3, S, S)
         with autocast(run.device, run.dtype):
             x_hat, kl = forward(x, *sample_condition(run.data, index))
         variance = mean_over_processes(F.mse_loss(x_hat.detach(), x)) + QUANTISATION  # the best for this batch
@@ -618,7 +618,7 @@ def train_decoder(run):
     psnr = min(run.history["vae"][1:], key=lambda figures: figures["loss"])["psnr"]  # of the VAE in best.pt
 
     def loss(index, progress):
-        x = mirror_half(get_images(run.images, index, run.device), run.config["flip"])  # (n, 3, S, S)
+        x = mirror_half(get_images(run.images, index), run.config["flip"])  # (n, 3, S, S)
         top, left = torch.randint(9, (2,)).tolist()  # crop at random, or the critic sees each square at one place
         crop = ..., slice(top, top + x.shape[2] - 8), slice(left, left + x.shape[3] - 8)
         condition = sample_condition(run.data, index)
@@ -752,7 +752,7 @@ def cache_latents(vae, images, data, index, flip=False):
     mu = torch.empty(len(index), 2 if flip else 1, *vae.shape, device=index.device, dtype=torch.float16)
     sigma = torch.empty_like(mu)
     for place in tqdm(torch.arange(len(index), device=index.device).split(64), "encoding photographs", leave=False):
-        x = get_images(images, index[place], index.device)
+        x = get_images(images, index[place])
         for version, view in enumerate([x, x.flip(3)] if flip else [x]):
             m, logvar = vae.encode(view, data["image_embeddings"][index[place]], IMAGE)
             mu[place, version], sigma[place, version] = m.half(), torch.exp(logvar / 2).half()
@@ -1177,30 +1177,32 @@ VERSIONS = {"data file": 3, "checkpoint": 9}  # of the two kinds of files that s
 
 
 def save(content, path, kind):
-    """Write a dict of tensors, numbers and strings to `path`, atomically."""
+    """Write a dict of tensors, numbers and strings to `path`, atomically, even if the power fails."""
     try:
-        with atomic(path) as temporary:
-            torch.save({"kind": kind, "version": VERSIONS[kind], **content}, temporary)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            torch.save({"kind": kind, "version": VERSIONS[kind], **content}, file)
+            file.flush()
+            os.fsync(file.fileno())  # it is on the disk before it takes the old one's place
     except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
         raise UserError(f"{path} could not be written ({first_line(error)}); the old one is untouched.") from error
 
 
 def load(path, kind):
-    """Read a file that `save` wrote. weights_only runs no code from it; mmap reads pages when they are touched."""
+    """Read a file that `save` wrote. weights_only runs no code from it; mmap reads pictures when they are needed."""
     anew = f"python cvae.py {'prepare' if kind == 'data file' else 'train'}"
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} has changed since it was written")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "data file")
     except FileNotFoundError:
         raise UserError(f"There is no {kind} at {path}; make one first: {anew}") from None
     except Exception as error:  # torch reports damage with half a dozen exception types
         raise UserError(f"{path} is no readable {kind} ({first_line(error)}).") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} of this program.")
-    if content["version"] != VERSIONS[kind]:
-        raise UserError(f"{path} is of version {content['version']}, not {VERSIONS[kind]}; make it anew: {anew}")
+    if content.get("version") != VERSIONS[kind]:
+        raise UserError(f"{path} is of version {content.get('version')}, not {VERSIONS[kind]}; make it anew: {anew}")
     return content
 
 
@@ -1290,8 +1292,6 @@ def load_image(path, box):
     """A photograph as a PIL RGB image that holds `box` pixels squared; OSError or ValueError if it is no sane one."""
     try:
         with Image.open(path) as photograph:
-            if photograph.width * photograph.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses at twice that
-                raise ValueError(f"{photograph.width} x {photograph.height} pixels: a decompression bomb?")
             photograph.draft("RGB", (box, box))  # JPEG can decode straight to 1/2, 1/4, 1/8: much faster
             photograph.load()
             if photograph.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
@@ -1388,12 +1388,10 @@ def pool_images(images, size):
     return torch.cat([F.avg_pool2d(batch.float(), factor).round().byte() for batch in images.split(1024)])
 
 
-def get_images(images, index, device):
-    """Pictures by number as floats in [0, 1], channels last (faster convolutions): (n, 3, S, S)."""
-    batch = images[index.to(images.device)]
-    if batch.is_cpu and device.type == "cuda":
-        batch = batch.pin_memory()  # page-locked, so that the copy runs beside the arithmetic
-    return (batch.to(device, non_blocking=True).float() / 255).contiguous(memory_format=torch.channels_last)
+def get_images(images, index):
+    """Pictures by number, on the index's device: floats in [0, 1], channels last (faster convolutions): (n, 3, S, S)."""
+    batch = images[index.to(images.device)].to(index.device)
+    return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
 def mirror_half(x, wanted):
@@ -1424,7 +1422,7 @@ def measure_vae(vae, images, data, index, objective=elbo_loss):
     torch.manual_seed(0)  # the same noise at every call
     total = torch.zeros(4, device=index.device)
     for batch in index.split(64):
-        x = get_images(images, batch, index.device)
+        x = get_images(images, batch)
         x_hat, kl = vae(x, data["image_embeddings"][batch], IMAGE)
         total += len(x) / len(index) * torch.stack([
             objective(x_hat, x, kl, vae.variance),
@@ -1450,9 +1448,8 @@ def check_loss(loss, run, stage, baseline_loss=math.inf):
     if math.isfinite(loss) and loss <= baseline_loss:
         return loss
     rate = setting(stage, "lr")
-    what = f"is {loss:.3g}, and knowing nothing costs {baseline_loss:.3g}" if math.isfinite(loss) else "became NaN"
-    raise UserError(f"Training diverged: its loss {what}. {run.folder} keeps its last good checkpoint; start anew with "
-                    f"a lower rate, such as {option(rate)} {run.config[rate] / 2:g}.")
+    raise UserError(f"Training diverged: its loss is {loss:.3g}. {run.folder} keeps its last good checkpoint; start "
+                    f"anew with a lower rate, such as {option(rate)} {run.config[rate] / 2:g}.")
 
 
 # Runs and checkpoints ------------------------------------------------------------------------------
@@ -1478,10 +1475,10 @@ def save_checkpoint(run, file, training=None):
         save(content, run.folder / file, "checkpoint")
 
 
-def save_last(run, stage, state, losses, done, finished=False):
+def save_last(run, stage, state, losses, done):
     """Write last.pt: all that has a state_dict, the losses since the last report, the number of steps done."""
     training = {name: stateful.state_dict() for name, stateful in state.items()}
-    training |= {"stage": stage, "losses": [float(loss) for loss in losses], "done": done, "finished": finished}
+    training |= {"stage": stage, "losses": [float(loss) for loss in losses], "done": done}
     save_checkpoint(run, "last.pt", training)
 
 
@@ -1548,16 +1545,11 @@ def resume(args, given):
     """A resumed run's folder, configuration and checkpoint. It may become longer, and its data may have moved."""
     folder = Path(args.run) if args.run else checkpoint_path(None, "last.pt").parent
     checkpoint = load(folder / "last.pt", "checkpoint")  # no other: best.pt can't say how far the training was
-    config, training = checkpoint["config"], checkpoint["training"]
-    stages = stages_of(config)
-    lengths = list(stages.values())[list(stages).index(training["stage"]):]  # of what can still be longer
-    if any(name != "data" and (name not in lengths or value < config[name]) for name, value in given.items()):
+    config, stages = checkpoint["config"], stages_of(checkpoint["config"])
+    lengths = list(stages.values())[list(stages).index(checkpoint["training"]["stage"]):]  # of what can be longer
+    if args.model or any(name != "data" and (name not in lengths or n < config[name]) for name, n in given.items()):
         larger = " or ".join(map(option, lengths))
         raise UserError(f"{folder} goes on with its own settings; only --data and a larger {larger} can be given.")
-    longer = any(given.get(name, 0) > config[name] for name in lengths)
-    if training["finished"] and len(lengths) == 1 and not longer:
-        more = f"{option(lengths[0])} {2 * config[lengths[0]]}"
-        raise UserError(f"{folder} is finished, there is nothing left to do. To train it longer: --resume {more}.")
     return folder, config | given, checkpoint
 
 
@@ -1583,10 +1575,9 @@ def open_run(args, device):
         folder = Path(names[0])
     dtype = choose_precision(device, args.precision)
     print(f"{folder}: {len(indices(data, TRAIN))} photographs of {config['size']} pixels, on {device} in {dtype}")
-    run = Run(folder, config, data, images, device, dtype, {"vae": make_vae(config).eval(), "prior": None}, {})
-    run.models["vae"].to(device, memory_format=torch.channels_last)
+    run = Run(folder, config, data, images, device, dtype, {"vae": None, "prior": None}, {})
     if checkpoint:
-        run.models["vae"].load_state_dict(checkpoint["vae"])
+        run.models, _ = load_models(folder / "last.pt", device)
         run.history, run.resumed = checkpoint["history"], checkpoint["training"]
     return run
 
@@ -1608,7 +1599,7 @@ def open_newest_run():
     models, config = load_models(checkpoint_path(None), CPU)
     data = load_data(config["data"])
     index = indices(data, VAL)[:8]
-    x = get_images(pool_images(data["images"], config["size"]), index, CPU)
+    x = get_images(pool_images(data["images"], config["size"]), index)
     return models, data, x, data["image_embeddings"][index]
 
 
@@ -1692,14 +1683,14 @@ def save_grid(path, rows, labels):
 @torch.no_grad()
 def save_reconstructions(path, vae, images, data, index):
     """Draw photographs of the data, above what the VAE makes of them."""
-    x = get_images(images, index, index.device)
+    x = get_images(images, index)
     save_grid(path, [x, vae(x, data["image_embeddings"][index], IMAGE)[0]], ["photographs", "reconstructions"])
 
 
 @torch.no_grad()
 def save_samples(path, models, images, data, index):
     """Draw photographs of the data, and below them eight samples for each of the first three's captions."""
-    rows = [get_images(images, index, index.device)]
+    rows = [get_images(images, index)]
     for embedding in data["caption_embeddings"][index[:3], 0]:                          # (E,)
         torch.manual_seed(0)
         noise = torch.randn(8, *models["vae"].shape, device=index.device)
@@ -1870,6 +1861,8 @@ def train(args):
         train_stages(run)
         if processes()[0] == 0:
             save_prior_picture(run.folder / "prior.png", run.models, run.images, run.data)
+            *_, last = map(option, stages_of(run.config).values())
+            print(f"{run.folder} is finished. To train it longer: --resume with a larger {last}.")
 
 
 @torch.no_grad()
@@ -1927,7 +1920,7 @@ def measure_samples(args, models, images, data, clip_model):
 
     def embed(index):  # at the model's own size, or sharpness would be what sets photographs apart
         batches = tqdm(index.split(256), "photographs", leave=False)
-        return torch.cat([encode_images(clip_model, get_images(images, batch, index.device)) for batch in batches])
+        return torch.cat([encode_images(clip_model, get_images(images, batch)) for batch in batches])
 
     real, real_train = embed(test), embed(train)                                        # (M, E), (N, E)
     # a hundred captions, one of a photograph (a second one would be no wrong answer), of the five in turn
@@ -1969,7 +1962,7 @@ def evaluate(args):
         temporary.write_text(json.dumps({"checkpoint": str(path), **storage, "table": table}, indent=2))
     save_reconstructions(folder / "reconstructions.png", models["vae"], images, data, test[:8])
     suspects = distance.argsort()[:8]
-    save_grid(folder / "nearest.png", [pictures[suspects], get_images(images, copied[suspects], device)],
+    save_grid(folder / "nearest.png", [pictures[suspects], get_images(images, copied[suspects])],
               ["the eight samples that are nearest to a training picture", "and those training pictures"])
     print(f"Also in {folder}: evaluation.json, reconstructions.png, nearest.png")
 
@@ -1988,13 +1981,14 @@ def demo(args):
         draw_toy_world(root)
     if not (root / "clip.pt").exists():
         train_toy_clip(root, root / "clip.pt")
-    for line in (f"prepare --coco {root} --split toy --words sheep cow horse --clip {root}/clip.pt --data data/toy.pt",
+    for line in ("prepare --coco data/toy --split toy --words sheep cow horse --clip data/toy/clip.pt --data data/toy.pt",
                  # small networks serve a small world; no mirror images, because captions say left and right
                  f"train --data data/toy.pt --model small --epochs {args.epochs} --decoder-epochs {args.decoder_epochs}"
                  f" --prior-epochs {args.prior_epochs} --prior-width 128 --no-flip",
                  f"sample -n 4 {shlex.join(DEMO_PROMPTS)}", "evaluate"):
         print(f"\n$ python cvae.py {line}")
         step = parse_arguments(shlex.split(line))
+        step.device = args.device
         step.function(step)
 
 
@@ -2129,10 +2123,9 @@ def main(argv=None):
             raise
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            size = "half of --batch, --decoder-batch or --prior-batch" if args.function is train else "a smaller -n"
-            message = f"The GPU ran out of memory; try {size}."
+            message = "The GPU ran out of memory; try half of --batch, --decoder-batch and --prior-batch, or of -n."
         elif isinstance(error, KeyboardInterrupt):
-            message = message or "Interrupted. What was finished is kept; the same command goes on."
+            message = message or "Interrupted. What was finished is kept; the same command goes on (train: --resume)."
         elif isinstance(error, ImportError) and "clip" in str(error.name):  # two packages have this name
             message += (". OpenAI's CLIP is in the package clip-anytorch, not in clip: pip uninstall -y clip; "
                         "pip install --force-reinstall --no-deps clip-anytorch==2.6.0")
