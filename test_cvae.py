@@ -1914,7 +1914,7 @@ def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
     batch, c, width, kind = 64, torch.randn(64, 512), cvae.CONFIG["prior_width"], torch.ones(64, dtype=torch.long)
     flow, z, x = cvae.Flow((12, 8, 8), 512, width), torch.randn(64, 12, 8, 8), torch.rand(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     vae = cvae.VAE(64, 512).to(memory_format=torch.channels_last)
-    products = [(batch * 16, inside, outside) for inside, outside in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))]
+    products = [(batch * 16, inside, outside) for inside, outside in ((width, 3 * width), (width, width), (width, 16 * width // 3), (8 * width // 3, width))]
     prior = share_of_the_machine(flow, lambda: cvae.flow_loss(flow, z, c, kind), products, batch)
 
     def loss():
