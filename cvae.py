@@ -96,7 +96,7 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
 #         loss = D / 2 * log(MSE(x_hat, x)) + KL(q, N(0, I))
 #
 #     Stage 2: the decoder's second lesson                # section 6; the encoder is frozen
-#         loss = MSE(x_hat, x) / (2 * variance) - 0.2 * critic(x_hat)     # critic: 3x64x64 -> 1x8x8
+#         loss = MSE(x_hat, x) / (2 * variance) - 0.3 * critic(x_hat)     # critic: 3x64x64 -> 1x8x8
 #         critic's loss = max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))
 #
 #     Stage 3: the prior                                  # section 7; every mu and sigma is computed once
@@ -582,11 +582,12 @@ def train_vae(run):
 # The first is the hinge loss (arXiv 1705.02894): where the critic is right by a margin, it learns no more. Spectral
 # norm (Miyato et al. 2018, arXiv 1802.05957) bounds the slope of its layers, and so the gradients for the decoder.
 # The second keeps the likelihood, so that the decoder still answers for every pixel. But each square of 8x8 pixels has
-# its own variance: the MSE that the stage 1 decoder has there. In a sky it is small, and grain costs much; in fur it is
-# large, and texture costs little. With one variance for all, skies turned grainy before fur was sharp. The encoder is
-# frozen: this loss has no KL, so nothing would limit what latents say.
+# its own variance: the MSE that the stage 1 decoder has there, at most the mean of all squares. In a sky it is small,
+# and grain costs much; in fur it is large, and texture costs little. With one variance for all, skies turned grainy
+# before fur was sharp; without the limit, squares that no decoder gets right filled with specks. The encoder is frozen:
+# this loss has no KL, so nothing would limit what latents say.
 
-CRITIC_WEIGHT = 0.2  # less leaves reconstructions blurred, more makes them grainy (assets/experiments.md)
+CRITIC_WEIGHT = 0.3  # less leaves reconstructions blurred, more makes them grainy (assets/experiments.md)
 LEAST_VARIANCE = 1e-4  # added to a square's: an error of 0.01, two or three of 256 levels, can't be seen
 
 
@@ -625,7 +626,8 @@ def train_decoder(run):
             critic.requires_grad_(True)   # the critic's step: no gradients pass to the decoder
             real, fake = critic(x[crop]).float(), critic(x_hat.detach()[crop]).float()
         mse, variance = (F.avg_pool2d((y - x).square().mean(1), 8) for y in (x_hat, x_mean))  # (n, S/8, S/8)
-        nll = (mse / (2 * (variance + LEAST_VARIANCE))).mean()
+        variance = variance.clamp(max=variance.mean()) + LEAST_VARIANCE
+        nll = (mse / (2 * variance)).mean()
         return (nll - CRITIC_WEIGHT * min(1, 8 * progress) * gain  # of the decoder
                 + F.relu(1 - real).mean() + F.relu(1 + fake).mean())  # of the critic
 

@@ -781,6 +781,44 @@ def test_the_flow_regresses_on_the_velocity_of_the_straight_line():
     assert 0.08 < dropped < 0.12 and set(seen["modality"].tolist()) == {cvae.TEXT, cvae.NULL}
 
 
+def test_the_second_lesson_is_its_formula_and_each_player_learns_from_its_own_part(run_folder, here, monkeypatch):
+    """With a linear critic, square by square, in numpy."""
+    caught = []
+    monkeypatch.setattr(cvae, "fit", lambda run, stage, networks, loss, *_: caught.extend([networks, loss]))
+    monkeypatch.setattr(cvae, "make_critic", lambda: nn.Conv2d(3, 1, 1))
+    models, config = cvae.load_models(run_folder / "best.pt", CPU)
+    data = cvae.load_data(config["data"])
+    images = cvae.pool_images(data["images"], 64)
+    cvae.train_decoder(cvae.Run(Path("."), config | {"flip": False}, data, images, CPU, torch.float32, models, {"vae": [{}, {"loss": 0, "psnr": 0}]}))
+    networks, loss = caught
+    vae, critic, first = networks["vae"], networks["critic"], networks["first"]
+    with torch.no_grad():
+        for p in vae.decoder.parameters():
+            p += 0.02 * torch.randn_like(p)
+    index = cvae.indices(data, cvae.TRAIN)[:5]
+    torch.manual_seed(7)
+    total = loss(index, 1.0)
+    total.backward()
+    torch.manual_seed(7)  # the same crop, conditions and noise
+    x, (top, left) = images[index] / 255, torch.randint(9, (2,)).tolist()
+    condition = cvae.sample_condition(data, index)
+    z = cvae.sample_posterior(*first.encode(x, *condition))
+    x_hat, x_mean = vae.decode(z, *condition), first.decode(z, *condition).numpy()
+    shown = lambda pictures: pictures[:, :, top:top + 56, left:left + 56]
+    squares = [(slice(None), slice(None), slice(i, i + 8), slice(j, j + 8)) for i in range(0, 64, 8) for j in range(0, 64, 8)]
+    variance = np.array([((x_mean - x.numpy())[s] ** 2).mean((1, 2, 3)) for s in squares])
+    likelihood = sum(((x_hat - x)[s].square().mean((1, 2, 3)) / 2 / torch.tensor(np.minimum(v, variance.mean()) + 1e-4)).sum()
+                     for s, v in zip(squares, variance)) / variance.size
+    of_decoder = likelihood - cvae.CRITIC_WEIGHT * critic(shown(x_hat)).mean()
+    of_critic = F.relu(1 - critic(shown(x))).mean() + F.relu(1 + critic(shown(x_hat))).mean()
+    assert total.item() == pytest.approx((of_decoder + of_critic).item(), rel=1e-4)
+    for network, own in ((vae, of_decoder), (critic, of_critic)):
+        learned = [p for p in network.parameters() if p.requires_grad]
+        for p, expected in zip(learned, torch.autograd.grad(own, learned, retain_graph=True)):
+            torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert all((p.grad is not None) == name.startswith(("from_latent", "decoder", "skip_out")) for name, p in vae.named_parameters())
+
+
 class Gauss(nn.Module):
     """The exact velocity where codes are N(m, s²): E[e - z | z_t] has a closed form; m depends on the condition."""
 
