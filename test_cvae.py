@@ -1558,8 +1558,8 @@ def test_the_end_of_one_process_is_the_end_of_all_and_another_number_goes_on(wor
     checkpoint["config"] |= {"epochs": done // 2 + 2}  # the end of 300 epochs is minutes away
     torch.save(checkpoint, "run/last.pt")
     do("train", "--resume", "--run", "run")  # by one process
-    training = stored("run")["training"]
-    assert training["stage"] == "prior" and training["done"] == stored("run")["history"]["prior"][-1]["step"]
+    state, history = stored("run")["training"], stored("run")["history"]
+    assert state["stage"] == "prior" and state["done"] == history["prior"][-1]["step"]
 
 
 # ---- Captions files that users really have
