@@ -1291,6 +1291,8 @@ def load_image(path, box):
     """A photograph as a PIL RGB image that holds `box` pixels squared; OSError or ValueError if it is no sane one."""
     try:
         with Image.open(path) as photograph:
+            if photograph.width * photograph.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses at twice that
+                raise ValueError(f"{photograph.width} x {photograph.height} pixels: a decompression bomb?")
             photograph.draft("RGB", (box, box))  # JPEG can decode straight to 1/2, 1/4, 1/8: much faster
             photograph.load()
             if photograph.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
@@ -1447,8 +1449,9 @@ def check_loss(loss, run, stage, baseline_loss=math.inf):
     if math.isfinite(loss) and loss <= baseline_loss:
         return loss
     rate = setting(stage, "lr")
-    raise UserError(f"Training diverged: its loss is {loss:.3g}. {run.folder} keeps its last good checkpoint; start "
-                    f"anew with a lower rate, such as {option(rate)} {run.config[rate] / 2:g}.")
+    what = f"is {loss:.3g}, and knowing nothing costs {baseline_loss:.3g}" if math.isfinite(loss) else "became NaN"
+    raise UserError(f"Training diverged: its loss {what}. {run.folder} keeps its last good checkpoint; start anew with "
+                    f"a lower rate, such as {option(rate)} {run.config[rate] / 2:g}.")
 
 
 # Runs and checkpoints ------------------------------------------------------------------------------
@@ -1581,21 +1584,26 @@ def open_run(args, device):
     print(f"{folder}: {len(indices(data, TRAIN))} photographs of {config['size']} pixels, on {device} in {dtype}")
     run = Run(folder, config, data, images, device, dtype, {"vae": None, "prior": None}, {})
     if checkpoint:
-        run.models, _ = load_models(folder / "last.pt", device)
+        run.models = build_models(checkpoint, device)
         run.history, run.resumed = checkpoint["history"], checkpoint["training"]
     return run
 
 
-def load_models(path, device):
-    """A trained run, ready to sample: {"vae", "prior" (None: use N(0, I))} and its configuration."""
-    checkpoint = load(path, "checkpoint")
+def build_models(checkpoint, device):
+    """The networks of a checkpoint, ready to sample: {"vae", "prior" (None: use N(0, I))}."""
     config = checkpoint["config"]
     vae = make_vae(config).to(memory_format=torch.channels_last)
     models = {"vae": vae, "prior": make_flow(config, vae.shape) if checkpoint["prior"] else None}
     for name, network in models.items():
         if network:
             network.to(device).eval().requires_grad_(False).load_state_dict(checkpoint[name])
-    return models, config
+    return models
+
+
+def load_models(path, device):
+    """The networks of a trained run and its configuration."""
+    checkpoint = load(path, "checkpoint")
+    return build_models(checkpoint, device), checkpoint["config"]
 
 
 def open_newest_run():
