@@ -786,7 +786,7 @@ def test_the_flow_regresses_on_the_velocity_of_the_straight_line():
     z, modality = torch.randn(4000, 2, 1, 1).double(), torch.ones(4000, dtype=torch.long)
     assert cvae.flow_loss(Oracle(), z, None, modality).item() == pytest.approx(0.25, abs=1e-3)
     logit, dropped = torch.logit(seen["t"]), (seen["modality"] == cvae.NULL).double().mean()
-    assert logit.mean().abs() < 0.06 and (logit.std() - 1).abs() < 0.06  # logit-normal times
+    assert (logit.mean() - 0.5).abs() < 0.06 and (logit.std() - 1).abs() < 0.06  # logit-normal times, most above 1/2
     assert 0.08 < dropped < 0.12 and set(seen["modality"].tolist()) == {cvae.TEXT, cvae.NULL}
 
 
@@ -1892,9 +1892,12 @@ def judge_photographs_run(run, data_path, judge, guidances=(1, cvae.GUIDANCE), c
     texts = cvae.encode_texts(cvae.load_clip(config["clip"], device), [prompt_of(kind) for kind in KINDS])
     own = torch.arange(16, device=device).repeat_interleave(count)
     for guidance in guidances:
-        torch.manual_seed(0)
-        pictures = cvae.generate(models, texts[own], cvae.TEXT, torch.randn(len(own), *models["vae"].shape, device=device), guidance)
-        figures[f"guidance {guidance:g}"] = judge_kinds(judge, pictures, own, real)
+        judged = []
+        for seed in (0, 1):  # two noises: one of 512 samples is named by up to four points more or less often
+            torch.manual_seed(seed)
+            pictures = cvae.generate(models, texts[own], cvae.TEXT, torch.randn(len(own), *models["vae"].shape, device=device), guidance)
+            judged.append(judge_kinds(judge, pictures, own, real))
+        figures[f"guidance {guidance:g}"] = {name: np.mean([one[name] for one in judged], axis=0).tolist() for name in judged[0]}
     torch.manual_seed(0)
     noise = torch.randn(len(own), *models["vae"].shape, device=device)
     figures["N(0, I)"] = judge_kinds(judge, cvae.generate(models | {"prior": None}, texts[own], cvae.TEXT, noise), own, real)
@@ -1916,7 +1919,7 @@ def test_photographs_meet_the_bars(here):
         kept.parent.mkdir(exist_ok=True)
         torch.save(judge.state_dict(), kept)
     began = time.perf_counter()
-    cvae.main(["train", "--model", "small", "--epochs", "6", "--decoder-epochs", "3", "--prior-epochs", "90", "--run", "photographs"])
+    cvae.main(["train", "--model", "small", "--epochs", "4", "--decoder-epochs", "3", "--prior-epochs", "120", "--run", "photographs"])
     figures = {"minutes": (time.perf_counter() - began) / 60} | judge_photographs_run(Path("photographs/best.pt"), cvae.CONFIG["data"], judge)
     cvae.main(["evaluate", "--checkpoint", "photographs"])
     figures["table"] = table = json.loads(Path("photographs/evaluation.json").read_text())["table"]
@@ -1959,16 +1962,17 @@ def share_of_the_machine(network, loss, shapes, batch, steps=10):
 @pytest.mark.speed
 def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
     batch, c, width, kind = 64, torch.randn(64, 512), cvae.CONFIG["prior_width"], torch.ones(64, dtype=torch.long)
-    flow, z, x = cvae.Flow((12, 8, 8), 512, width), torch.randn(64, 12, 8, 8), torch.rand(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    some = cvae.CONFIG["batch"]
+    flow, z, x = cvae.Flow((12, 8, 8), 512, width), torch.randn(64, 12, 8, 8), torch.rand(some, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     vae = cvae.VAE(64, 512).to(memory_format=torch.channels_last)
     products = [(batch * 16, inside, outside) for inside, outside in ((width, 3 * width), (width, width), (width, 16 * width // 3), (8 * width // 3, width))]
     prior = share_of_the_machine(flow, lambda: cvae.flow_loss(flow, z, c, kind), products, batch)
 
     def loss():
-        picture, kl = vae(x, c[:16], kind[:16])
+        picture, kl = vae(x, c[:some], kind[:some])
         return cvae.elbo_loss(picture, x, kl, torch.tensor(0.01))
     # a 3x3 convolution is a product of (places, 9 C) with (9 C, C)
-    store = share_of_the_machine(vae, loss, [(16 * 64, 9 * 96, 96), (16 * 256, 9 * 64, 64), (16 * 1024, 9 * 32, 12)], 16)
+    store = share_of_the_machine(vae, loss, [(some * 64, 9 * 96, 96), (some * 256, 9 * 64, 64), (some * 1024, 9 * 32, 12)], some)
     with capsys.disabled():
         keep("arithmetic.json", {"prior, share of matrix products": prior[0], "prior, images/s": prior[1],
                                  "VAE, share of matrix products": store[0], "VAE, images/s": store[1]})
