@@ -421,8 +421,8 @@ CONFIG = {  # every setting of a run: each is an option of `train`, and checkpoi
     "prior_width": 192, "prior_depth": 6, "prior_epochs": 100, "prior_batch": 64, "prior_lr": 1.5e-3}  # stage 3
 MODELS = {  # what --model changes: "small" suits two processor cores and a Mac, "base" a CUDA card
     "small": {},
-    "base": {"vae_width": 64, "epochs": 30, "batch": 64, "decoder_epochs": 24, "decoder_batch": 64,
-             "prior_width": 512, "prior_depth": 8, "prior_epochs": 200, "prior_batch": 256, "prior_lr": 1e-3}}
+    "base": {"vae_width": 64, "epochs": 30, "batch": 64, "decoder_batch": 64, "prior_width": 512, "prior_depth": 8,
+             "prior_epochs": 200, "prior_batch": 256, "prior_lr": 1e-3}}
 WARM_UP = 50        # steps over which the learning rate rises
 SAVE_SECONDS = 240  # between two writings of last.pt: what kill -9 or a power cut costs at most
 
