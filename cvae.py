@@ -736,8 +736,7 @@ class Flow(nn.Module):
 
 def flow_loss(flow, z, embedding, modality, p_uncond=0.1):
     """Mean squared error of the velocities predicted for standardised latents z (n, C, G, G): a scalar."""
-    # logit-normal times (Esser et al. 2024, arXiv 2403.03206): few near 0 and 1, where there is little to learn; most
-    # above 1/2, where noise hides all but the large things: there it is decided where the moon stands
+    # logit-normal times (Esser et al. 2024, arXiv 2403.03206), most above 1/2, where it is decided what goes where
     t = torch.sigmoid(0.5 + torch.randn(len(z), 1, 1, 1, device=z.device))              # (n, 1, 1, 1)
     noise = torch.randn_like(z)
     # guidance (section 8) will ask for the velocity without a condition: a tenth becomes NULL
