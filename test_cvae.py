@@ -1891,16 +1891,15 @@ def judge_photographs_run(run, data_path, judge, guidances=(1, cvae.GUIDANCE), c
     figures["reconstructed"] = judge_kinds(judge, rebuilt, labels[test], real)
     texts = cvae.encode_texts(cvae.load_clip(config["clip"], device), [prompt_of(kind) for kind in KINDS])
     own = torch.arange(16, device=device).repeat_interleave(count)
+
+    def judge_samples(models, seed, guidance=1):
+        torch.manual_seed(seed)
+        noise = torch.randn(len(own), *models["vae"].shape, device=device)
+        return judge_kinds(judge, cvae.generate(models, texts[own], cvae.TEXT, noise, guidance), own, real)
     for guidance in guidances:
-        judged = []
-        for seed in (0, 1):  # two noises: one of 512 samples is named by up to four points more or less often
-            torch.manual_seed(seed)
-            pictures = cvae.generate(models, texts[own], cvae.TEXT, torch.randn(len(own), *models["vae"].shape, device=device), guidance)
-            judged.append(judge_kinds(judge, pictures, own, real))
-        figures[f"guidance {guidance:g}"] = {name: np.mean([one[name] for one in judged], axis=0).tolist() for name in judged[0]}
-    torch.manual_seed(0)
-    noise = torch.randn(len(own), *models["vae"].shape, device=device)
-    figures["N(0, I)"] = judge_kinds(judge, cvae.generate(models | {"prior": None}, texts[own], cvae.TEXT, noise), own, real)
+        both = [judge_samples(models, seed, guidance) for seed in (0, 1)]  # 512 samples of one noise are named up to four points more or less often
+        figures[f"guidance {guidance:g}"] = {name: np.mean([one[name] for one in both], axis=0).tolist() for name in both[0]}
+    figures["N(0, I)"] = judge_samples(models | {"prior": None}, 0)
     return figures
 
 
@@ -1962,17 +1961,17 @@ def share_of_the_machine(network, loss, shapes, batch, steps=10):
 @pytest.mark.speed
 def test_arithmetic_reaches_the_machines_own_matrix_products(capsys):
     batch, c, width, kind = 64, torch.randn(64, 512), cvae.CONFIG["prior_width"], torch.ones(64, dtype=torch.long)
-    some = cvae.CONFIG["batch"]
-    flow, z, x = cvae.Flow((12, 8, 8), 512, width), torch.randn(64, 12, 8, 8), torch.rand(some, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    vae_batch = cvae.CONFIG["batch"]
+    flow, z, x = cvae.Flow((12, 8, 8), 512, width), torch.randn(64, 12, 8, 8), torch.rand(vae_batch, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     vae = cvae.VAE(64, 512).to(memory_format=torch.channels_last)
     products = [(batch * 16, inside, outside) for inside, outside in ((width, 3 * width), (width, width), (width, 16 * width // 3), (8 * width // 3, width))]
     prior = share_of_the_machine(flow, lambda: cvae.flow_loss(flow, z, c, kind), products, batch)
 
     def loss():
-        picture, kl = vae(x, c[:some], kind[:some])
+        picture, kl = vae(x, c[:vae_batch], kind[:vae_batch])
         return cvae.elbo_loss(picture, x, kl, torch.tensor(0.01))
     # a 3x3 convolution is a product of (places, 9 C) with (9 C, C)
-    store = share_of_the_machine(vae, loss, [(some * 64, 9 * 96, 96), (some * 256, 9 * 64, 64), (some * 1024, 9 * 32, 12)], some)
+    store = share_of_the_machine(vae, loss, [(vae_batch * 64, 9 * 96, 96), (vae_batch * 256, 9 * 64, 64), (vae_batch * 1024, 9 * 32, 12)], vae_batch)
     with capsys.disabled():
         keep("arithmetic.json", {"prior, share of matrix products": prior[0], "prior, images/s": prior[1],
                                  "VAE, share of matrix products": store[0], "VAE, images/s": store[1]})
