@@ -581,14 +581,14 @@ def train_vae(run):
 #
 # The first is the hinge loss (arXiv 1705.02894): where the critic is right by a margin, it learns no more. Spectral
 # norm (Miyato et al. 2018, arXiv 1802.05957) bounds the slope of its layers, and so the gradients for the decoder.
-# The second keeps the likelihood, so that the decoder still answers for every pixel. But each square of 8x8 pixels has
-# its own variance: the MSE that the stage 1 decoder has there, at most the mean of all squares. In a sky it is small,
-# and grain costs much; in fur it is large, and texture costs little. With one variance for all, skies turned grainy
-# before fur was sharp; without the limit, squares that no decoder gets right filled with specks. The encoder is frozen:
-# this loss has no KL, so nothing would limit what latents say.
+# The second keeps the likelihood, so that the decoder still answers for every pixel. But each pixel has a variance: the
+# MSE that the stage 1 decoder has in the 9x9 square around it, at most the mean of all. In a sky it is small, and grain
+# costs much; in fur it is large, and texture costs little. With one variance for all, skies turned grainy before fur
+# was sharp; without the limit, places that no decoder gets right filled with specks. The encoder is frozen: this loss
+# has no KL, so nothing would limit what latents say.
 
 CRITIC_WEIGHT = 0.3  # less leaves reconstructions blurred, more makes them grainy (assets/experiments.md)
-LEAST_VARIANCE = 1e-4  # added to a square's: an error of 0.01, two or three of 256 levels, can't be seen
+LEAST_VARIANCE = 1e-4  # added to a pixel's: an error of 0.01, two or three of 256 levels, can't be seen
 
 
 def make_critic():
@@ -625,9 +625,9 @@ def train_decoder(run):
             gain = critic(x_hat[crop]).float().mean()
             critic.requires_grad_(True)   # the critic's step: no gradients pass to the decoder
             real, fake = critic(x[crop]).float(), critic(x_hat.detach()[crop]).float()
-        mse, variance = (F.avg_pool2d((y - x).square().mean(1), 8) for y in (x_hat, x_mean))  # (n, S/8, S/8)
-        variance = variance.clamp(max=variance.mean()) + LEAST_VARIANCE
-        nll = (mse / (2 * variance)).mean()
+        error, variance = ((y - x).square().mean(1) for y in (x_hat, x_mean))               # (n, S, S)
+        variance = F.avg_pool2d(variance, 9, stride=1, padding=4, count_include_pad=False)  # of the 9x9 around a pixel
+        nll = (error / (2 * (variance.clamp(max=variance.mean()) + LEAST_VARIANCE))).mean()
         return (nll - CRITIC_WEIGHT * min(1, 8 * progress) * gain  # of the decoder
                 + F.relu(1 - real).mean() + F.relu(1 + fake).mean())  # of the critic
 
@@ -667,7 +667,7 @@ def train_decoder(run):
 # (a flat latent is one), and attention connects all tokens.
 
 TIME_DIM = 64  # numbers that describe the time t
-HEAD_DIM = 64  # width of an attention head
+HEAD_DIM = 32  # width of an attention head
 
 
 class Block(nn.Module):
@@ -688,8 +688,8 @@ class Block(nn.Module):
     def forward(self, h, cond):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaln(cond)[:, None].chunk(6, dim=2)
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_a) + shift_a               # (N, T, W)
-        q, k, v = self.qkv(normed).unflatten(2, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # (N, heads, T, 64)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / 8) v: each token looks at all
+        q, k, v = self.qkv(normed).unflatten(2, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # (N, heads, T, 32)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / √32) v: each token looks at all
         h = h + gate_a * self.out_proj(mixed.transpose(1, 2).flatten(2))
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_m) + shift_m
         a, b = self.mlp_in(normed).chunk(2, dim=2)  # one half gates the other (SwiGLU, Shazeer 2020, arXiv 2002.05202)
@@ -1172,7 +1172,7 @@ def must_be_writable(path):
         raise UserError(f"{path} is a folder, not a file that could be written.")
 
 
-VERSIONS = {"data file": 3, "checkpoint": 10}  # of the two kinds of files that save writes and load reads
+VERSIONS = {"data file": 3, "checkpoint": 11}  # of the two kinds of files that save writes and load reads
 
 
 def save(content, path, kind):
