@@ -667,7 +667,7 @@ def train_decoder(run):
 # (a flat latent is one), and attention connects all tokens.
 
 TIME_DIM = 64  # numbers that describe the time t
-HEAD_DIM = 32  # width of an attention head
+HEADS = 8      # of attention, whatever the width: with three or four the demo draws nights with two moons or none
 
 
 class Block(nn.Module):
@@ -688,8 +688,8 @@ class Block(nn.Module):
     def forward(self, h, cond):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaln(cond)[:, None].chunk(6, dim=2)
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_a) + shift_a               # (N, T, W)
-        q, k, v = self.qkv(normed).unflatten(2, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # (N, heads, T, 32)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / √32) v: each token looks at all
+        q, k, v = self.qkv(normed).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (N, 8, T, W/8)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / √(W/8)) v: each token looks at all
         h = h + gate_a * self.out_proj(mixed.transpose(1, 2).flatten(2))
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_m) + shift_m
         a, b = self.mlp_in(normed).chunk(2, dim=2)  # one half gates the other (SwiGLU, Shazeer 2020, arXiv 2002.05202)
