@@ -1772,7 +1772,7 @@ def test_the_demo_meets_the_bars(here):
     for seed in (name for name in figures if name.startswith("seed")):
         one = figures[seed]
         assert min(one["sky"], one["ground"]) >= 0.99 and min(one["sky, unseen"], one["ground, unseen"]) >= 0.97
-        assert one["animal"] >= 0.98 and one["animal, unseen"] >= 0.95 and one["number"] >= 0.9 and one["moon"] >= 0.95
+        assert one["animal"] >= 0.98 and one["animal, unseen"] >= 0.95 and one["number"] >= 0.9 and one["moon"] >= 0.96
         assert one["R-precision"] >= one["R-precision of drawings"]
 
 
@@ -1918,7 +1918,7 @@ def test_photographs_meet_the_bars(here):
         kept.parent.mkdir(exist_ok=True)
         torch.save(judge.state_dict(), kept)
     began = time.perf_counter()
-    cvae.main(["train", "--model", "small", "--epochs", "4", "--decoder-epochs", "3", "--prior-epochs", "120", "--run", "photographs"])
+    cvae.main(["train", "--model", "small", "--epochs", "4", "--decoder-epochs", "3", "--prior-epochs", "100", "--run", "photographs"])
     figures = {"minutes": (time.perf_counter() - began) / 60} | judge_photographs_run(Path("photographs/best.pt"), cvae.CONFIG["data"], judge)
     cvae.main(["evaluate", "--checkpoint", "photographs"])
     figures["table"] = table = json.loads(Path("photographs/evaluation.json").read_text())["table"]
