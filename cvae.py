@@ -96,7 +96,7 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
 #         loss = D / 2 * log(MSE(x_hat, x)) + KL(q, N(0, I))
 #
 #     Stage 2: the decoder's second lesson                # section 6; the encoder is frozen
-#         loss = MSE(x_hat, x) / (2 * variance) - 0.3 * critic(x_hat)     # critic: 3x64x64 -> 1x8x8
+#         loss = mean((x - x_hat)² / (2 * variance)) - 0.3 * critic(x_hat)    # critic: 3x64x64 -> 1x8x8
 #         critic's loss = max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))
 #
 #     Stage 3: the prior                                  # section 7; every mu and sigma is computed once
@@ -437,7 +437,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype            # of matrix products and convolutions under autocast
     models: dict                  # {"vae", "prior"}: the networks that sample
-    history: dict                 # {stage: [the figures of each validation]}
+    history: dict                 # {stage: [what knowing nothing costs, then the figures of each validation]}
     resumed: dict | None = None   # what last.pt says of the stage in which a resumed run was stopped
 
 
@@ -463,7 +463,7 @@ def take_step(networks, optimizer, scaler, loss, rate):
 @torch.no_grad()
 def update_ema(ema, network, step):
     """Move an exponential moving average (EMA) towards the weights: it is less noisy (Polyak & Juditsky 1992)."""
-    rate = max(0.001, 9 / (step + 9))  # fast at first; 0.001 averages about a thousand steps
+    rate = max(0.001, 9 / (step + 9))  # averages about the last ninth of the steps; after 9,000 steps, a thousand
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), rate)
     for average, buffer in zip(ema.buffers(), network.buffers()):
         average.copy_(buffer)
@@ -566,7 +566,7 @@ def train_vae(run):
         lambda path: save_reconstructions(path, run.models["vae"], run.images, run.data, val[:8]))
 
 
-# Try it: the VAE alone, in a minute: loss.png and epoch.png in tried/vae.
+# Try it: the VAE alone, in a minute: epoch.png in tried/vae (loss.png has a line from two epochs on).
 #     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --decoder-epochs 0 --no-flip --run tried/vae
 
 # %% 6. The decoder's second lesson -------------------------------------------------------------------
@@ -577,18 +577,18 @@ def train_vae(run):
 # 1512.09300; Esser et al. 2021, arXiv 2012.09841). Stable Diffusion's autoencoder had a critic, too.
 #
 #     critic:   max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))         photographs above 1, reconstructions below -1
-#     decoder:  MSE / (2 variance) - w critic(x_hat)                      stay near x, and raise the critic's answer
+#     decoder:  mean of (x - x_hat)² / (2 variance) - w critic(x_hat)     stay near x, and raise the critic's answer
 #
 # The first is the hinge loss (arXiv 1705.02894): where the critic is right by a margin, it learns no more. Spectral
 # norm (Miyato et al. 2018, arXiv 1802.05957) bounds the slope of its layers, and so the gradients for the decoder.
 # The second keeps the likelihood, so that the decoder still answers for every pixel. But each pixel has a variance: the
-# MSE that the stage 1 decoder has in the 9x9 square around it, at most the mean of all. In a sky it is small, and grain
-# costs much; in fur it is large, and texture costs little. With one variance for all, skies turned grainy before fur
-# was sharp; without the limit, places that no decoder gets right filled with specks. The encoder is frozen: this loss
-# has no KL, so nothing would limit what latents say.
+# MSE of the stage 1 decoder, for the same z, in the 9x9 square around it, at most the batch's mean. In a sky it is
+# small, and grain costs much; in fur it is large, and texture costs little. With one variance for all, skies turned
+# grainy before fur was sharp; without the limit, places that no decoder gets right filled with specks. The encoder is
+# frozen: this loss has no KL, so nothing would limit what latents say.
 
 CRITIC_WEIGHT = 0.3  # less leaves reconstructions blurred, more makes them grainy (assets/experiments.md)
-LEAST_VARIANCE = 1e-4  # added to a pixel's: an error of 0.01, two or three of 256 levels, can't be seen
+LEAST_VARIANCE = 1e-4  # added to a pixel's: an error of 0.01, two or three of 256 levels, is hardly seen
 
 
 def make_critic():
@@ -603,9 +603,9 @@ def make_critic():
 
 def train_decoder(run):
     """Stage 2: the decoder learns on, against a critic; the encoder is frozen."""
-    first, val = run.models["vae"].requires_grad_(False), indices(run.data, VAL)  # as stage 1 left it
-    vae = deepcopy(first)
-    for layers in vae.from_latent, vae.decoder, vae.skip_out:
+    first, val = run.models["vae"].requires_grad_(False), indices(run.data, VAL)  # of stage 1; last.pt keeps it
+    vae = deepcopy(first)  # in evaluation mode, as first is: no dropout in this stage
+    for layers in vae.from_latent, vae.decoder, vae.skip_out:  # not vae.condition: the frozen encoder uses it, too
         layers.requires_grad_(True)
     torch.manual_seed(run.config["seed"])
     critic = make_critic().to(run.device, memory_format=torch.channels_last)
@@ -615,7 +615,7 @@ def train_decoder(run):
 
     def loss(index, progress):
         x = mirror_half(get_images(run.images, index), run.config["flip"])  # (n, 3, S, S)
-        top, left = torch.randint(9, (2,)).tolist()  # crop at random, or the critic sees each square at one place
+        top, left = torch.randint(9, (2,)).tolist()  # crop at random, or it sees the latent's cells at fixed places
         crop = ..., slice(top, top + x.shape[2] - 8), slice(left, left + x.shape[3] - 8)
         condition = sample_condition(run.data, index)
         with autocast(run.device, run.dtype):
@@ -628,8 +628,8 @@ def train_decoder(run):
         error, variance = ((y - x).square().mean(1) for y in (x_hat, x_mean))               # (n, S, S)
         variance = F.avg_pool2d(variance, 9, stride=1, padding=4, count_include_pad=False)  # of the 9x9 around a pixel
         nll = (error / (2 * (variance.clamp(max=variance.mean()) + LEAST_VARIANCE))).mean()
-        return (nll - CRITIC_WEIGHT * min(1, 8 * progress) * gain  # of the decoder
-                + F.relu(1 - real).mean() + F.relu(1 + fake).mean())  # of the critic
+        return (nll - CRITIC_WEIGHT * min(1, 8 * progress) * gain  # of the decoder; the critic is to learn first
+                + F.relu(1 - real).mean() + F.relu(1 + fake).mean())  # of the critic: one sum, but no shared gradients
 
     def validate():  # no "loss": decoder and critic have none in common
         figures = measure_vae(run.models["vae"], run.images, run.data, val)
@@ -667,7 +667,7 @@ def train_decoder(run):
 # (a flat latent is one), and attention connects all tokens.
 
 TIME_DIM = 64  # numbers that describe the time t
-HEADS = 8      # of attention, whatever the width; with two, a tenth of the demo's nights had no moon, or two
+HEADS = 8      # attentions side by side, of W/8 numbers each; with two, one demo night in ten had no moon, or two
 
 
 class Block(nn.Module):
@@ -747,7 +747,7 @@ def flow_loss(flow, z, embedding, modality, p_uncond=0.1):
 
 @torch.no_grad()
 def cache_latents(vae, images, data, index, flip=False):
-    """q(z | x, c) of photographs and their mirror images: mu, sigma (n, 1 or 2, C, G, G) in float16."""
+    """q(z | x, c), c the photograph's embedding, of it and its mirror: mu, sigma (n, 1 or 2, C, G, G) in float16."""
     mu = torch.empty(len(index), 2 if flip else 1, *vae.shape, device=index.device, dtype=torch.float16)
     sigma = torch.empty_like(mu)
     for place in tqdm(torch.arange(len(index), device=index.device).split(64), "encoding photographs", leave=False):
