@@ -1021,7 +1021,7 @@ def test_places_that_cannot_be_written_are_noticed_before_the_work_and_nothing_i
 
 @pytest.mark.parametrize("stage, how, words", [
     ("vae", "nan", "--lr 0.0015"), ("decoder", "nan", "--decoder-lr 0.00025"), ("prior", "nan", "--prior-lr 0.00075"),
-    ("vae", "diverges", "--lr 0.5"), ("prior", "diverges", "--prior-lr 0.5"), ("decoder", "critic", "The critic pulled the decoder away")])
+    ("vae", "diverges", "--lr 0.5"), ("prior", "diverges", "--prior-lr 0.0005"), ("decoder", "critic", "The critic pulled the decoder away")])
 def test_a_training_that_goes_wrong_stops_names_the_rate_and_keeps_the_last_good_checkpoint(world, here, monkeypatch, stage, how, words):
     def bad_loss(number, networks, loss):  # adaLN-zero and clipped gradients make a prior hard to break
         monkeypatch.setattr(cvae, "WARM_UP", 2 if how == "diverges" else 50)
@@ -1029,7 +1029,7 @@ def test_a_training_that_goes_wrong_stops_names_the_rate_and_keeps_the_last_good
     if how == "critic":
         monkeypatch.setattr(cvae, "CRITIC_WEIGHT", 100.0)
     change_loss(monkeypatch, stage, bad_loss)
-    rate = {"nan": [], "diverges": [words.split()[0], 1], "critic": ["--decoder-lr", 0.05]}[how]
+    rate = ["--decoder-lr", 0.05] if how == "critic" else [words.split()[0], 2 * float(words.split()[1])]  # twice what it will advise
     said = stops(*training(world, "run", "--epochs", 12, "--decoder-epochs", 60 if how == "critic" else 4, "--prior-epochs", 12, *rate))
     assert words in said and {"nan": "NaN", "diverges": "knowing nothing", "critic": "--decoder-lr"}[how] in said
     assert all(value.isfinite().all() for value in stored("run")["prior" if stage == "prior" else "vae"].values())
@@ -1735,17 +1735,18 @@ def judge_demo(run, count=32):
     """Shares of samples that show what the prompt asks for, seen | unseen combinations, at the default guidance."""
     models, config = cvae.load_models(run / "best.pt", torch.device("cpu"))
     texts = cvae.encode_texts(cvae.load_clip(config["clip"]), cvae.DEMO_PROMPTS)
-    right = {(name, unseen): [] for name in ("sky", "ground", "animal", "number", "moon") for unseen in (False, True)}
+    right = {(name, unseen): [] for name in ("sky", "ground", "animal", "number") for unseen in (False, True)} | {("moon", False): []}
     for scene, text in zip(SCENES, texts):
+        noises = 3 if scene[2] == "night" else 1  # few moons go wrong: 288 nights, seen and unseen, say how many
         torch.manual_seed(0)
-        pictures = cvae.generate(models, text.expand(count, -1), cvae.TEXT, torch.randn(count, *models["vae"].shape))
+        pictures = cvae.generate(models, text.expand(noises * count, -1), cvae.TEXT, torch.randn(noises * count, *models["vae"].shape))
         (sky, ground), answers, unseen = colours(pictures), train_judge()(pictures), scene[:3] in cvae.UNSEEN
         right["animal", unseen].append(answers[:, 0] == list(cvae.SUBJECTS).index(scene[0]))
         right["ground", unseen].append(ground == list(cvae.GROUNDS).index(scene[1]))
         right["sky", unseen].append(sky == list(cvae.SKIES).index(scene[2]))
         right["number", unseen].append(answers[:, 1] == scene[3] - 1)
         if scene[2] == "night":
-            right["moon", unseen].append(torch.tensor([bright_discs(picture) == 1 for picture in pictures]))
+            right["moon", False].append(torch.tensor([bright_discs(picture) == 1 for picture in pictures]))
     return {f"{name}{', unseen' if unseen else ''}": torch.cat(hits).float().mean().item() for (name, unseen), hits in right.items()}
 
 
@@ -1918,7 +1919,7 @@ def test_photographs_meet_the_bars(here):
         kept.parent.mkdir(exist_ok=True)
         torch.save(judge.state_dict(), kept)
     began = time.perf_counter()
-    cvae.main(["train", "--model", "small", "--epochs", "4", "--decoder-epochs", "3", "--prior-epochs", "100", "--run", "photographs"])
+    cvae.main(["train", "--model", "small", "--epochs", "4", "--decoder-epochs", "3", "--prior-epochs", "120", "--run", "photographs"])
     figures = {"minutes": (time.perf_counter() - began) / 60} | judge_photographs_run(Path("photographs/best.pt"), cvae.CONFIG["data"], judge)
     cvae.main(["evaluate", "--checkpoint", "photographs"])
     figures["table"] = table = json.loads(Path("photographs/evaluation.json").read_text())["table"]
