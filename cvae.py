@@ -437,7 +437,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype            # of matrix products and convolutions under autocast
     models: dict                  # {"vae", "prior"}: the networks that sample
-    history: dict                 # {stage: [what knowing nothing costs, then the figures of each validation]}
+    history: dict                 # {stage: [figures of step 0, then of each validation]}
     resumed: dict | None = None   # what last.pt says of the stage in which a resumed run was stopped
 
 
@@ -627,7 +627,8 @@ def train_decoder(run):
             real, fake = critic(x[crop]).float(), critic(x_hat.detach()[crop]).float()
         error, variance = ((y - x).square().mean(1) for y in (x_hat, x_mean))               # (n, S, S)
         variance = F.avg_pool2d(variance, 9, stride=1, padding=4, count_include_pad=False)  # of the 9x9 around a pixel
-        nll = (error / (2 * (variance.clamp(max=variance.mean()) + LEAST_VARIANCE))).mean()
+        variance = variance.clamp(max=variance.mean()) + LEAST_VARIANCE
+        nll = (error / (2 * variance)).mean()
         return (nll - CRITIC_WEIGHT * min(1, 8 * progress) * gain  # of the decoder; the critic is to learn first
                 + F.relu(1 - real).mean() + F.relu(1 + fake).mean())  # of the critic: one sum, but no shared gradients
 
