@@ -282,9 +282,10 @@ class ResBlock(nn.Module):
         return h + self.change(h)
 
 
-def upsample(channels_in, channels, kernel=1):
-    """Each cell becomes a square of 2x2 cells (sub-pixel convolution, arXiv 1609.05158)."""
-    return nn.Sequential(nn.Conv2d(channels_in, 4 * channels, kernel, padding=kernel // 2), nn.PixelShuffle(2))
+def upsample(channels_in, channels, factor, kernel=1):
+    """Each cell becomes a square of factor x factor cells (sub-pixel convolution, arXiv 1609.05158)."""
+    return nn.Sequential(nn.Conv2d(channels_in, factor**2 * channels, kernel, padding=kernel // 2),
+                         nn.PixelShuffle(factor))
 
 
 class VAE(nn.Module):
@@ -312,9 +313,8 @@ class VAE(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.decoder = nn.Sequential(
             ResBlock(eighth), ResBlock(eighth),                                         # (N, 96, S/8, S/8)
-            upsample(eighth, quarter), ResBlock(quarter),                               # (N, 64, S/4, S/4)
-            upsample(quarter, half), nn.GroupNorm(8, half), nn.SiLU(),                  # (N, 32, S/2, S/2)
-            upsample(half, 3, kernel=3))                                                # (N, 3, S, S)
+            upsample(eighth, half, 4), ResBlock(half), nn.GroupNorm(8, half), nn.SiLU(),  # (N, 32, S/2, S/2)
+            upsample(half, 3, 2, kernel=3))                                             # (N, 3, S, S)
         self.register_buffer("variance", torch.tensor(1.0))  # of the likelihood, see section 4
 
     def concat_condition(self, h, embedding, modality):
@@ -1173,7 +1173,7 @@ def must_be_writable(path):
         raise UserError(f"{path} is a folder, not a file that could be written.")
 
 
-VERSIONS = {"data file": 3, "checkpoint": 11}  # of the two kinds of files that save writes and load reads
+VERSIONS = {"data file": 3, "checkpoint": 12}  # of the two kinds of files that save writes and load reads
 
 
 def save(content, path, kind):
