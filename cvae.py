@@ -261,9 +261,9 @@ def sample_condition(data, index):
 # The report's z is one vector of 128 numbers ("flat"). Ours is a grid, as in latent diffusion (Rombach et al. 2022,
 # arXiv 2112.10752) [2]: 12 numbers for each square of 8x8 pixels, so the decoder need not learn where things are.
 #
-# A convolution at 64x64 does 64 times the work of the same one at 8x8, so most layers work on small maps. Beside the
-# encoder and the decoder runs a linear skip connection: weighted sums of each 8x8 square go to its cell of the latent,
-# and back, as in JPEG. Deep networks learn such simple maps slowly.
+# A convolution at 64x64 does 64 times the work of one at 8x8, so most layers work on small maps; the decoder's last
+# join the squares that its cells wrote. Beside both halves runs a linear skip connection: weighted sums of each 8x8
+# square go to its cell of the latent, and back, as in JPEG. Deep networks learn such simple maps slowly.
 
 LATENT_DIM = 128          # numbers in the flat latent, the report's
 CONDITION_CHANNELS = 32   # the condition's share of the channels, the report's
@@ -738,7 +738,7 @@ class Flow(nn.Module):
 def flow_loss(flow, z, embedding, modality, p_uncond=0.1):
     """Mean squared error of the velocities predicted for standardised latents z (n, C, G, G): a scalar."""
     # logit-normal times (Esser et al. 2024, arXiv 2403.03206), most above 1/2, where it is decided what goes where
-    t = torch.sigmoid(0.5 + torch.randn(len(z), 1, 1, 1, device=z.device))              # (n, 1, 1, 1)
+    t = torch.sigmoid(1 + torch.randn(len(z), 1, 1, 1, device=z.device))                # (n, 1, 1, 1)
     noise = torch.randn_like(z)
     # guidance (section 8) will ask for the velocity without a condition: a tenth becomes NULL
     modality = torch.where(torch.rand(len(z), device=z.device) < p_uncond, NULL, modality)
@@ -2075,7 +2075,7 @@ COMMANDS = {  # what each says of itself, and its options
     demo: ("a toy world from drawing to sampling: no download, no GPU, a few minutes", {
         "--epochs": ("of the VAE; fewer: quicker, worse", {"default": 2, **EPOCHS}),
         "--decoder-epochs": ("of the second lesson", {"default": 1, **EPOCHS}),
-        "--prior-epochs": ("of the prior", {"default": 22, **EPOCHS})})}
+        "--prior-epochs": ("of the prior", {"default": 26, **EPOCHS})})}
 
 
 def parse_arguments(argv=None):
