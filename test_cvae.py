@@ -1742,7 +1742,8 @@ def judge_demo(run, count=32):
         noises = 3 if scene[2] == "night" else 1  # few moons go wrong: 288 nights, seen and unseen, say how many
         torch.manual_seed(0)
         pictures = cvae.generate(models, text.expand(noises * count, -1), cvae.TEXT, torch.randn(noises * count, *models["vae"].shape))
-        (sky, ground), answers, which = colours(pictures), train_judge()(pictures), ", unseen" * (scene[:3] in cvae.UNSEEN)
+        (sky, ground), answers = colours(pictures), train_judge()(pictures)
+        which = ", unseen" if scene[:3] in cvae.UNSEEN else ""
         right[f"animal{which}"].append(answers[:, 0] == list(cvae.SUBJECTS).index(scene[0]))
         right[f"ground{which}"].append(ground == list(cvae.GROUNDS).index(scene[1]))
         right[f"sky{which}"].append(sky == list(cvae.SKIES).index(scene[2]))
