@@ -738,7 +738,7 @@ class Flow(nn.Module):
 def flow_loss(flow, z, embedding, modality, p_uncond=0.1):
     """Mean squared error of the velocities predicted for standardised latents z (n, C, G, G): a scalar."""
     # logit-normal times (Esser et al. 2024, arXiv 2403.03206), most above 1/2, where it is decided what goes where
-    t = torch.sigmoid(1 + torch.randn(len(z), 1, 1, 1, device=z.device))                # (n, 1, 1, 1)
+    t = torch.sigmoid(0.75 + torch.randn(len(z), 1, 1, 1, device=z.device))             # (n, 1, 1, 1)
     noise = torch.randn_like(z)
     # guidance (section 8) will ask for the velocity without a condition: a tenth becomes NULL
     modality = torch.where(torch.rand(len(z), device=z.device) < p_uncond, NULL, modality)
@@ -913,7 +913,7 @@ RELIEFS = {"hills": ("with hills behind", "below a hill"), "mountains": ("in fro
 UNSEEN = [("cow", "snow", "sunset"), ("sheep", "field", "night"), ("horse", "grass", "grey"), ("sheep", "snow", "blue")]
 # of the sky the colours at the top and at the horizon
 SKY_COLOURS = {"blue": ((60, 130, 225), (175, 215, 245)), "grey": ((135, 140, 146), (190, 193, 196)),
-               "sunset": ((120, 70, 130), (255, 160, 70)), "night": ((8, 12, 40), (38, 48, 100))}
+               "sunset": ((84, 44, 110), (236, 120, 56)), "night": ((8, 12, 40), (38, 48, 100))}
 GROUND_COLOURS = {"grass": (84, 158, 52), "snow": (236, 241, 249), "field": (156, 108, 62)}
 LIGHT = {"blue": (1, 1, 1), "grey": (0.9, 0.9, 0.92), "sunset": (1, 0.86, 0.78), "night": (0.56, 0.6, 0.72)}
 # An animal: three colours (coat, dark, pale), where its legs begin, and shapes of one of these colours, in units of its
@@ -968,7 +968,7 @@ def draw_pasture(scene, seed):
             disc(number * 0.618 % 1, 0.03 + number * 0.377 % 0.33, 0.006, (235, 235, 215))
         disc(dice.choice((0.2, 0.5, 0.8)), 0.16, 0.07, (245, 240, 210))
     elif sky == "sunset":
-        disc(dice.choice((0.2, 0.5, 0.8)), horizon / SIZE - 0.16, 0.07, (255, 225, 120))
+        disc(dice.choice((0.2, 0.5, 0.8)), 0.2, 0.08, (255, 230, 140))
     else:
         cloud, shift = (250, 251, 253) if sky == "blue" else (172, 175, 180), dice.choice((0.0, 0.3, 0.6))
         for place, height, r in ((0.15, 0.13, 0.08), (0.6, 0.2, 0.07)):
