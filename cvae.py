@@ -968,7 +968,7 @@ def draw_pasture(scene, seed):
             disc(number * 0.618 % 1, 0.03 + number * 0.377 % 0.33, 0.006, (235, 235, 215))
         disc(dice.choice((0.2, 0.5, 0.8)), 0.16, 0.07, (245, 240, 210))
     elif sky == "sunset":
-        disc(dice.choice((0.2, 0.5, 0.8)), 0.2, 0.08, (255, 230, 140))
+        disc(dice.choice((0.2, 0.5, 0.8)), 0.2, 0.08, (255, 230, 140))  # half hidden, a sun became two
     else:
         cloud, shift = (250, 251, 253) if sky == "blue" else (172, 175, 180), dice.choice((0.0, 0.3, 0.6))
         for place, height, r in ((0.15, 0.13, 0.08), (0.6, 0.2, 0.07)):
