@@ -96,7 +96,7 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
 #         loss = D / 2 * log(MSE(x_hat, x)) + KL(q, N(0, I))
 #
 #     Stage 2: the decoder's second lesson                # section 6; the encoder is frozen
-#         loss = mean((x - x_hat)² / (2 * variance)) - 0.3 * critic(x_hat)    # critic: 3x64x64 -> 1x8x8
+#         loss = mean((x - x_hat)² / (2 * variance)) - 0.3 * critic(x_hat)    # critic: 3x56x56 -> 1x7x7
 #         critic's loss = max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))
 #
 #     Stage 3: the prior                                  # section 7; every mu and sigma is computed once
@@ -262,8 +262,8 @@ def sample_condition(data, index):
 # arXiv 2112.10752) [2]: 12 numbers for each square of 8x8 pixels, so the decoder need not learn where things are.
 #
 # A convolution at 64x64 does 64 times the work of one at 8x8, so most layers work on small maps; the decoder's last
-# join the squares that its cells wrote. Beside both halves runs a linear skip connection: weighted sums of each 8x8
-# square go to its cell of the latent, and back, as in JPEG. Deep networks learn such simple maps slowly.
+# hide the borders between the squares that its cells wrote. Beside both halves runs a linear skip connection: weighted
+# sums of each 8x8 square go to its cell of the latent, and back, as in JPEG. Deep networks learn simple maps slowly.
 
 LATENT_DIM = 128          # numbers in the flat latent, the report's
 CONDITION_CHANNELS = 32   # the condition's share of the channels, the report's
@@ -377,8 +377,8 @@ def sample_posterior(mu, logvar):
 #                      = D/2 log(MSE) + a constant          at  variance = MSE = |x - x_hat|² / D
 #
 # So with each batch's MSE as the variance the loss is D/2 log(MSE) + KL: half the squared error is worth D/2 log 2
-# nats of KL. A picture can be stored in (KL - log p(x | z, c)) / (D log 2) + 8 bits per dimension, at most; usual at
-# 64 pixels: 5.5 to 6.5 bits, 500 to 2,000 nats of KL, a PSNR (-10 log10 MSE) of 22 to 29 dB.
+# nats of KL. It is printed in bits per dimension, (KL - log p(x | z, c)) / (D log 2) + 8, as of a file's size.
+# Usual at 64 pixels: 5 to 6.5 bits, 500 to 2,200 nats of KL, a PSNR (-10 log10 MSE) of 22 to 32 dB.
 
 QUANTISATION = 1 / (12 * 256**2)  # of the MSE: pixels are 256 levels, each spread over its width (dequantisation)
 
@@ -703,7 +703,7 @@ class Flow(nn.Module):
     def __init__(self, shape, condition_dim, width, depth=6):
         super().__init__()
         channels, side, _ = shape
-        self.shape, self.width, self.patch = shape, width, 2 if side > 1 else 1
+        self.width, self.patch = width, 2 if side > 1 else 1
         token_dim = channels * self.patch**2
         self.condition = Condition(condition_dim, width)
         self.time = nn.Sequential(nn.Linear(TIME_DIM, width), nn.SiLU(), nn.Linear(width, width))
@@ -787,9 +787,8 @@ def train_prior(run):
     @torch.no_grad()
     def validate():
         torch.manual_seed(0)
-        losses = [flow_loss(run.models["prior"], sample_latents(batch), data["caption_embeddings"][batch, 0],
-                            TEXT, p_uncond=0.0) for batch in val.split(256)]
-        return {"loss": torch.stack(losses).mean().item()}
+        captions = data["caption_embeddings"][val, 0]
+        return {"loss": flow_loss(run.models["prior"], sample_latents(val), captions, TEXT, p_uncond=0.0).item()}
 
     run.history.setdefault("prior", [{"step": 0, "epoch": 0, "loss": 2.0}])  # to predict 0: noise² + z² = 1 + 1
     fit(run, "prior", nn.ModuleDict({"prior": flow}), loss, validate,
@@ -805,7 +804,7 @@ def train_prior(run):
 # the decoder makes the picture. `--image` starts from CLIP's image encoder; `--interpolate` keeps the noise and goes
 # from one condition to another; with `--prior normal` the noise is the latent.
 
-GUIDANCE = 1.6  # pictures are then recognised about as often as photographs, and vary nearly as much
+GUIDANCE = 1.5  # pictures are then recognised as often as photographs, and vary a little less
 STEPS = 16      # more change little
 
 
@@ -853,7 +852,7 @@ def generate(models, embedding, modality, noise, guidance=GUIDANCE, steps=STEPS)
 #     do they look like photographs?       CMMD, a distance between two distributions of embeddings
 #     are they copies?                     median distance from a sample to the nearest training picture
 #
-# Photographs are asked, too (where no two share a caption, their diversity is over all). CLIP is a biased judge: the
+# Photographs are asked, too (where few share a caption, their diversity is over all). CLIP is a biased judge: the
 # model was trained on its embeddings. Samples can beat photographs in R-precision, since a sample shows what CLIP read
 # in the caption and a photograph also what nobody mentioned. Look at the pictures, too.
 
@@ -868,9 +867,9 @@ def caption_match(images, own, texts):
 
 
 def diversity(images, own):
-    """Mean cosine distance of embedded pictures (N, E) that share a caption; of all, where no two do."""
+    """Mean cosine distance of embedded pictures (N, E) that share a caption; of all, where few do."""
     same = (own[:, None] == own).fill_diagonal_(False)                                  # (N, N)
-    if not same.any():
+    if same.sum() < len(images):
         same = torch.ones_like(same).fill_diagonal_(False)
     return (1 - images @ images.T)[same].mean().item()
 
@@ -885,7 +884,7 @@ def cmmd(a, b):
 
 def nearest_neighbour(images, others):
     """Distance from each unit vector (N, E) to the nearest of others (M, E), and which it is: (N,), (N,)."""
-    cosine, which = torch.cat([batch @ others.T for batch in images.split(256)]).max(1)
+    cosine, which = (images @ others.T).max(1)
     return 1 - cosine, which
 
 
@@ -968,14 +967,14 @@ def draw_pasture(scene, seed):
             disc(number * 0.618 % 1, 0.03 + number * 0.377 % 0.33, 0.006, (235, 235, 215))
         disc(dice.choice((0.2, 0.5, 0.8)), 0.16, 0.07, (245, 240, 210))
     elif sky == "sunset":
-        disc(dice.choice((0.2, 0.5, 0.8)), 0.2, 0.08, (255, 230, 140))  # half hidden, a sun became two
+        disc(dice.choice((0.2, 0.5, 0.8)), 0.16, 0.08, (255, 230, 140))  # half hidden, it was often drawn twice
     else:
         cloud, shift = (250, 251, 253) if sky == "blue" else (172, 175, 180), dice.choice((0.0, 0.3, 0.6))
         for place, height, r in ((0.15, 0.13, 0.08), (0.6, 0.2, 0.07)):
             for dx, dy in ((-1.2, 0.3), (0, 0), (1.1, 0.35)):
                 disc((place + shift) % 1 + dx * r, height + dy * r, r, cloud, flat=0.6)
     if relief == "mountains":
-        for place, height in ((0.1, 0.2), (0.75, 0.18), (0.4, 0.26)):
+        for place, height in ((0.1, 0.15), (0.75, 0.13), (0.4, 0.2)):
             x, height = (place + variant) % 1 * SIZE, height * SIZE
             for share, colour in ((1, (106, 112, 132)), (0.3, (240, 243, 248))):  # rock, then a snowy top
                 foot, half = horizon - (1 - share) * height, 1.2 * share * height
@@ -993,7 +992,7 @@ def draw_pasture(scene, seed):
 
 
 def caption_pasture(scene, dice):
-    """Five captions of a scene, the first one the shortest full description."""
+    """Five captions of a scene; the first one says how many of what, on which ground, under which sky."""
     animal, ground, sky, relief, count, side = scene
     subject = (f"a {animal}", f"two {SUBJECTS[animal]}", f"three {SUBJECTS[animal]}")[count - 1]
     where = f"on the {side}" if count == 1 else "side by side"
@@ -1085,7 +1084,8 @@ def compiled(network, run):
     """The network, compiled where that pays, on CUDA; what can't be compiled there runs as it is."""
     if run.device.type != "cuda" or not run.config["compile"]:
         return network
-    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    if run.dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     torch._dynamo.config.suppress_errors = True
     return torch.compile(network)
 
@@ -1196,7 +1196,8 @@ def load(path, kind):
                 raise ValueError(f"{damaged} has changed since it was written")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "data file")
     except FileNotFoundError:
-        raise UserError(f"There is no {kind} at {path}; make one first: {anew}") from None
+        moved = "If it has moved, say where with --data; else make" if kind == "data file" else "Make"
+        raise UserError(f"There is no {kind} at {path}. {moved} one first: {anew}") from None
     except Exception as error:  # torch reports damage with half a dozen exception types
         raise UserError(f"{path} is no readable {kind} ({first_line(error)}).") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
@@ -1501,9 +1502,9 @@ def report(run, stage, figures, speed):
     first, *others = run.history[stage]
     if "loss" in figures and figures["step"] > 2 * WARM_UP:  # it had time to
         check_loss(figures["loss"], run, stage, first["loss"])
+    run.history[stage].append(figures)
     if all(figures.get("loss", -math.inf) < other.get("loss", math.inf) for other in others):
         save_checkpoint(run, "best.pt")
-    run.history[stage].append(figures)
     measured = ", ".join(f"{name} {value:.4g}" for name, value in list(figures.items())[3:])
     print(f"{stage}, epoch {figures['epoch']}/{run.config[setting(stage, 'epochs')]}: training loss "
           f"{figures['train_loss']:.3f}, validation {measured}; {speed:.0f} images/s")
@@ -1936,14 +1937,15 @@ def measure_samples(args, models, images, data, clip_model):
         return torch.cat([encode_images(clip_model, get_images(images, batch)) for batch in batches])
 
     real, real_train = embed(test), embed(train)                                        # (M, E), (N, E)
-    # a hundred captions, one of a photograph (a second one would be no wrong answer), of the five in turn
+    # a hundred captions, one of each photograph, since its others would be right answers, too
     captions = [data["captions"][number][place % CAPTIONS] for place, number in enumerate(test.tolist())]
     captions = list(dict.fromkeys(captions))[:100]                                      # no two are alike
     texts = encode_texts(clip_model, captions)                                          # (100, E)
     asked = [(place, captions.index(caption)) for place, number in enumerate(test.tolist())
              for caption in dict.fromkeys(data["captions"][number]) if caption in captions]
     place, own = torch.tensor(asked, device=test.device).T
-    table = {"photographs": compute_metrics(real, own, texts, real_train, real_train, asked=place)}
+    # CMMD falls with the number of pictures, so photographs are compared with as many as samples are
+    table = {"photographs": compute_metrics(real, own, texts, real_train[:len(real)], real_train, asked=place)}
     own = torch.arange(len(texts), device=test.device).repeat_interleave(4)             # four of each caption
     for guidance in sorted({1.0, guidance}) if models["prior"] else [1.0]:
         torch.manual_seed(args.seed)
@@ -2053,16 +2055,16 @@ COMMANDS = {  # what each says of itself, and its options
         "--split": ("split of COCO", {"default": "train2017"}),
         "--clip": ("CLIP's name, or a weights file", {"default": "ViT-B/32"}),
         "--data": ("data file to write", {"default": CONFIG["data"]})}),
-    train: ("train the VAE, then its prior, on the data file", {
+    train: ("train the VAE, its decoder's second lesson and the prior on the data file", {
         "--model": ("sizes, rates and epochs; if not given, base for a CUDA card, else small", {"choices": MODELS}),
         "--precision": ("the fastest if not given", {"choices": ["float32", "bfloat16", "float16"]}),
         "--run": ("run folder; a new one in runs/ if not given", {"metavar": "DIR"}),
-        "--resume": ("go on with --run or the newest; a larger --prior-epochs makes it longer: the learning rate "
-                     "returns to its plateau and descends at the new end", YES)}),
+        "--resume": ("go on with --run or the newest; a larger --prior-epochs makes it longer: the learning rate goes "
+                     "on as in a training of the new length", YES)}),
     sample: ("draw pictures for prompts", {
         "prompts": ("what to draw", {"nargs": "*", "type": text, "metavar": "PROMPT"}), **DRAWING,
         "-n": ("pictures per prompt", {"type": between(int, 1, 64), "default": 8}),
-        "--prior": ("normal: draw z from N(0, I), whatever was learned", {"choices": ["flow", "normal"]}),
+        "--prior": ("draw z from N(0, I), whatever was learned", {"choices": ["normal"]}),
         "--rerank": ("draw N per prompt and keep those that CLIP likes best",
                      {"type": between(int, 1, 4096), "default": 0, "metavar": "N"}),
         "--image": ("draw variations of a photograph", {"metavar": "FILE"}),
@@ -2073,7 +2075,7 @@ COMMANDS = {  # what each says of itself, and its options
     evaluate: ("measure a run on the test split of its data", {
         **DRAWING, "--data": ("the run's data file, if it has moved", {})}),
     demo: ("a toy world from drawing to sampling: no download, no GPU, a few minutes", {
-        "--epochs": ("of the VAE; fewer: quicker, worse", {"default": 2, **EPOCHS}),
+        "--epochs": ("of the VAE; fewer: quicker, worse", {"default": 5, **EPOCHS}),
         "--decoder-epochs": ("of the second lesson", {"default": 1, **EPOCHS}),
         "--prior-epochs": ("of the prior", {"default": 26, **EPOCHS})})}
 
@@ -2111,6 +2113,8 @@ def refuse_contradictions(args):
             raise UserError('Say what to draw: python cvae.py sample "sheep on a hill", or --image FILE.')
         if args.interpolate and (len(args.prompts) != 2 or given & {"image", "show_steps"}):
             raise UserError("--interpolate goes between exactly two prompts, without --image or --show-steps.")
+        if args.n == 1 and given & {"interpolate", "show_steps"}:
+            raise UserError("--interpolate and --show-steps go from one picture to another: -n 2 or more.")
         if args.rerank and (given & {"interpolate", "show_steps"} or args.rerank < args.n):
             raise UserError("--rerank N, at least as large as -n, goes without --interpolate and --show-steps.")
     if args.function is prepare and UNSAFE_NAME.search(args.split):
