@@ -690,7 +690,7 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaln(cond)[:, None].chunk(6, dim=2)
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_a) + shift_a               # (N, T, W)
         q, k, v = self.qkv(normed).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (N, 8, T, W/8)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / √(W/8)) v: each token looks at all
+        mixed = attention(q, k, v)  # softmax(q k' / √(W/8)) v: each token looks at all
         h = h + gate_a * self.out_proj(mixed.transpose(1, 2).flatten(2))
         normed = F.layer_norm(h, (self.width,)) * (1 + scale_m) + shift_m
         a, b = self.mlp_in(normed).chunk(2, dim=2)  # one half gates the other (SwiGLU, Shazeer 2020, arXiv 2002.05202)
@@ -1078,6 +1078,14 @@ def choose_precision(device, request=None):
 def autocast(device, dtype):
     """Within this context convolutions and matrix products compute in dtype."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def attention(q, k, v):
+    """softmax(q k' / √D) v, of q, k and v (N, heads, T, D) each."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):  # in bfloat16 its gradient takes a processor eight times as long
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
 
 
 def compiled(network, run):

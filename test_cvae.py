@@ -703,6 +703,15 @@ def test_shapes_and_where_dropout_acts(size, latents, shape):
     assert torch.equal(model.eval().decode(z, c, kind), model.decode(z, c, kind))
 
 
+def test_attention_is_its_formula_and_on_a_processor_computed_in_float32():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 5, 6)
+    expected = (q @ k.mT / 6**0.5).softmax(-1) @ v
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(cvae.attention(q, k, v), expected)
+        assert cvae.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()).dtype == torch.float32
+
+
 def test_the_condition_is_standardised_and_knows_its_kind():
     torch.manual_seed(0)
     data = {"image_embeddings": torch.randn(50, 4) + 5, "caption_embeddings": 3 * torch.randn(50, 5, 4) - 2}
