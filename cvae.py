@@ -967,7 +967,7 @@ def draw_pasture(scene, seed):
             disc(number * 0.618 % 1, 0.03 + number * 0.377 % 0.33, 0.006, (235, 235, 215))
         disc(dice.choice((0.2, 0.5, 0.8)), 0.16, 0.07, (245, 240, 210))
     elif sky == "sunset":
-        disc(dice.choice((0.2, 0.5, 0.8)), 0.16, 0.08, (255, 230, 140))  # half hidden, it was often drawn twice
+        disc(dice.choice((0.2, 0.5, 0.8)), 0.16, 0.08, (255, 230, 140))  # clear of hills and peaks, or models draw two
     else:
         cloud, shift = (250, 251, 253) if sky == "blue" else (172, 175, 180), dice.choice((0.0, 0.3, 0.6))
         for place, height, r in ((0.15, 0.13, 0.08), (0.6, 0.2, 0.07)):
@@ -1945,7 +1945,7 @@ def measure_samples(args, models, images, data, clip_model):
         return torch.cat([encode_images(clip_model, get_images(images, batch)) for batch in batches])
 
     real, real_train = embed(test), embed(train)                                        # (M, E), (N, E)
-    # a hundred captions, one of each photograph, since its others would be right answers, too
+    # a hundred captions, one of each photograph (its others would be right answers, too), of the five in turn
     captions = [data["captions"][number][place % CAPTIONS] for place, number in enumerate(test.tolist())]
     captions = list(dict.fromkeys(captions))[:100]                                      # no two are alike
     texts = encode_texts(clip_model, captions)                                          # (100, E)
