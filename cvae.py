@@ -377,7 +377,7 @@ def sample_posterior(mu, logvar):
 #                      = D/2 log(MSE) + a constant          at  variance = MSE = |x - x_hat|² / D
 #
 # So with each batch's MSE as the variance the loss is D/2 log(MSE) + KL: half the squared error is worth D/2 log 2
-# nats of KL. It is printed in bits per dimension, (KL - log p(x | z, c)) / (D log 2) + 8, as of a file's size.
+# nats of KL. `train` prints (KL - log p(x | z, c)) / (D log 2) + 8, in bits per dimension, like the size of a file.
 # Usual at 64 pixels: 5 to 6.5 bits, 500 to 2,200 nats of KL, a PSNR (-10 log10 MSE) of 22 to 32 dB.
 
 QUANTISATION = 1 / (12 * 256**2)  # of the MSE: pixels are 256 levels, each spread over its width (dequantisation)
@@ -804,7 +804,7 @@ def train_prior(run):
 # the decoder makes the picture. `--image` starts from CLIP's image encoder; `--interpolate` keeps the noise and goes
 # from one condition to another; with `--prior normal` the noise is the latent.
 
-GUIDANCE = 1.5  # pictures are then recognised as often as photographs, and vary a little less
+GUIDANCE = 1.5  # pictures are then recognised at least as often as photographs, and vary a little less
 STEPS = 16      # more change little
 
 

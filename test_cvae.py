@@ -1040,7 +1040,7 @@ def test_a_training_that_goes_wrong_stops_names_the_rate_and_keeps_the_last_good
         monkeypatch.setattr(cvae, "WARM_UP", 50 if how == "nan" else 2)
         return loss() * (np.nan if how == "nan" and number > 5 else -1 if how == "uphill" else 1)
     change_loss(monkeypatch, stage, bad_loss)
-    rate = ["--lr", 1] if how == "fast" else ["--decoder-lr", 0.01] if how == "uphill" else []
+    rate = {("vae", "fast"): ["--lr", 1], ("decoder", "uphill"): ["--decoder-lr", 0.01]}.get((stage, how), [])
     said = stops(*training(world, "run", "--epochs", 12, "--decoder-epochs", 12 if stage == "decoder" else 1, "--prior-epochs", 12, *rate))
     assert words in said and ("NaN" if how == "nan" else "--decoder-lr" if stage == "decoder" else "knowing nothing") in said
     assert all(value.isfinite().all() for value in stored("run")["prior" if stage == "prior" else "vae"].values())
