@@ -1751,6 +1751,23 @@ def test_moons_and_suns_are_counted(sky, count, discs):
         assert count(picture) == discs + 1
 
 
+def deviation_of_flat_areas(pictures):
+    """Mean standard deviation within 8x8 patches that show nothing (below 0.03), in the upper three rows of patches and in the lower three."""
+    patches = F.unfold(pictures.flatten(0, 1)[:, None], 8, stride=8).std(1).unflatten(0, (-1, 3)).mean(1).unflatten(1, (8, 8))  # (N, 8, 8)
+    areas = {"sky": patches[:, :3], "ground": patches[:, 5:], "both": patches[:, [0, 1, 2, 5, 6, 7]]}
+    return {f"flat areas, deviation, {area}": some[some < 0.03].mean().item() for area, some in areas.items()}
+
+
+def test_deviation_of_flat_areas_of_known_cases():
+    ramp = (0.01 * torch.arange(64)).view(64, 1).expand(1, 3, 64, 64).clone()  # 8 rows, 0.01 apart
+    ramp[:, :, 40:] = 0.5
+    ramp[:, :, 40:, ::2] = 0.52
+    ramp[:, :, :8, 8:] = torch.arange(56.0) % 2  # not flat
+    areas = deviation_of_flat_areas(ramp)
+    assert areas["flat areas, deviation, sky"] == pytest.approx(0.01 * (5.25 * 64 / 63) ** 0.5, rel=1e-4)
+    assert areas["flat areas, deviation, ground"] == pytest.approx(0.01 * (64 / 63) ** 0.5, rel=1e-4)
+
+
 def judge_demo(run, count=32):
     """Shares of samples that show what the prompt asks for, seen and unseen combinations apart, at the default guidance; and their texture."""
     models, config = cvae.load_models(run / "best.pt", torch.device("cpu"))
@@ -1773,8 +1790,8 @@ def judge_demo(run, count=32):
             right["moon"].append(torch.tensor([moons(picture) == 1 for picture in pictures]))
         if scene[2] == "sunset":
             right["sun"].append(torch.tensor([suns(picture) == 1 for picture in pictures]))
-    flat, drawn = (fine_detail(x)["detail, smooth"] for x in (torch.cat(some), drawings))
-    return {name: torch.cat(hits).float().mean().item() for name, hits in right.items()} | {"texture of flat areas": flat / drawn}
+    flat, drawn = ({"flat areas, fine detail": fine_detail(x)["detail, smooth"]} | deviation_of_flat_areas(x) for x in (torch.cat(some), drawings))
+    return {name: torch.cat(hits).float().mean().item() for name, hits in right.items()} | {name: flat[name] / drawn[name] for name in flat}
 
 
 @pytest.mark.bars
