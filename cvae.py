@@ -19,7 +19,7 @@ The quickest tour needs neither a download nor a GPU: python cvae.py demo. The r
 MS-COCO that show cows and sheep:
 
     python cvae.py prepare                            # fetch, crop, embed: one data file
-    python cvae.py train --size 128 --dropout         # a run folder with checkpoints and pictures
+    python cvae.py train --size 128 --dropout         # a run folder; without a card plain `train`, of 64 pixels
     python cvae.py sample "sheep on a hill"           # a captioned row of pictures
     python cvae.py evaluate                           # how good it is, in numbers and pictures
 
@@ -38,8 +38,9 @@ Contents (each `# %%` is a notebook cell in VS Code, Spyder and Jupyter)
     Appendices             A. a toy world   B. devices, files, downloads   C. the command line
 
 What the sections call from the appendices does what its name says. `UserError` is an expected failure: its
-sentence is all that the user sees. `# Try it` stands before something to type after the demo: a command, or lines
-for Python (`from cvae import *`) or a notebook. Three papers to read first are marked [1] to [3].
+sentence is all that the user sees. `# Try it` stands before something to type after the demo, in a shell after
+`source .venv/bin/activate`: a command, or lines for Python (`from cvae import *`) or a notebook. Three papers to read
+first are marked [1] to [3].
 
 It reimplements "the report": Azarbal, Benjelloun Touimi, Tazi, "Generative CLIP-Conditioned Variational
 Autoencoders" (Brown University, 2024).
@@ -96,7 +97,7 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
 #         loss = D / 2 * log(MSE(x_hat, x)) + KL(q, N(0, I))
 #
 #     Stage 2: the decoder's second lesson                # section 6; the encoder is frozen
-#         loss = mean((x - x_hat)² / (2 * variance)) - 0.3 * critic(x_hat)    # critic: 3x56x56 -> 1x7x7
+#         loss = mean((x - x_hat)² / (2 * variance)) - 0.3 * critic(x_hat)    # of a crop, 3x56x56 -> 1x7x7
 #         critic's loss = max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))
 #
 #     Stage 3: the prior                                  # section 7; every mu and sigma is computed once
@@ -199,7 +200,7 @@ def encode_texts(model, texts):
     device, embeddings = model.text_projection.device, []
     for start in tqdm(range(0, len(texts), 64), "CLIP, captions", leave=False, disable=len(texts) <= 512):
         tokens = clip.tokenize(texts[start:start + 64], model.context_length, truncate=True)    # (n, 77)
-        # attention looks only left, and CLIP reads the result at the end token, the largest number: cut what follows
+        # no token sees later ones, and CLIP reads a text off its end token, the largest number: cut what follows
         tokens = tokens[:, :int(tokens.argmax(1).max()) + 1]
         with autocast(CPU, choose_precision(CPU)):
             embeddings.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
@@ -252,18 +253,19 @@ def sample_condition(data, index):
 
 # %% 3. The VAE -------------------------------------------------------------------------------------
 # A VAE (Kingma & Welling 2013, arXiv 1312.6114) [1] has two halves. The encoder q(z | x, c) maps a picture x to a
-# distribution of latents z, the Gaussian N(mu, sigma²). The decoder p(x | z, c) maps a latent to a picture.
+# distribution of latents z, the Gaussian N(mu, sigma²). The decoder maps a draw z to x_hat, the mean of a Gaussian
+# p(x | z, c), the likelihood. The loss (section 4) is minus its log at x, plus the KL, the price of q's information.
 #
-# Both take the condition c: the encoder, so that z need not store what c already says; the decoder, because in
-# sampling c is the prompt. The report draws z from N(0, I), so there only c carries the prompt. In our model the prior
-# answers the prompt (section 7), and the decoder hardly uses c: z says almost all (swap c and see, below).
+# Both take the condition c: the decoder, because in sampling c is the prompt; the encoder, to know what z need not say.
+# The report draws z from N(0, I), so there only c carries the prompt. Ours draws z from a prior that knows the prompt
+# (section 7), so z may say everything, and does: the decoder hardly uses c (swap c and see, below).
 #
 # The report's z is one vector of 128 numbers ("flat"). Ours is a grid, as in latent diffusion (Rombach et al. 2022,
 # arXiv 2112.10752) [2]: 12 numbers for each square of 8x8 pixels, so the decoder need not learn where things are.
 #
 # A convolution at 64x64 does 64 times the work of one at 8x8, so most layers work on small maps; the decoder's last
 # hide the borders between the squares that its cells wrote. Beside both halves runs a linear skip connection: weighted
-# sums of each 8x8 square go to its cell of the latent, and back, as in JPEG. Deep networks learn simple maps slowly.
+# sums of each 8x8 square go to its cell, and back. Deep networks learn simple maps slowly.
 
 LATENT_DIM = 128          # numbers in the flat latent, the report's
 CONDITION_CHANNELS = 32   # the condition's share of the channels, the report's
@@ -357,8 +359,8 @@ def sample_posterior(mu, logvar):
 #     save_grid("samples/zeroed.png", [models["vae"].decode(z, c, IMAGE)], ["one cell of the latent is zero"])
 
 # %% 4. The ELBO ------------------------------------------------------------------------------------
-# We want parameters under which the photographs are likely: a high log p(x | c). E_q is the mean over draws z from q.
-# Four lines lead to a loss, minus the evidence lower bound (ELBO), in nats (log is the natural logarithm):
+# We want parameters under which the photographs are likely: a high log p(x | c). E_q is the mean over draws z from q,
+# and KL(q || p) = E_q [ log q - log p ]. Four lines lead to a loss, minus the evidence lower bound (ELBO), in nats:
 #
 #     log p(x | c) = log ∫ p(x | z, c) p(z) dz                            by definition
 #                  = log E_q [ p(x | z, c) p(z) / q(z | x, c) ]           multiply and divide by q
@@ -366,21 +368,20 @@ def sample_posterior(mu, logvar):
 #                  = E_q [ log p(x | z, c) ] - KL( q(z | x, c) || p(z) )  =  ELBO
 #
 # The integral can't be computed; of the last line one draw z estimates the first term, and the second has a formula.
-# They ask for good reconstructions and for a q near p(z) = N(0, I). Stage 3 learns a better p(z | c); in stage 1 a
-# fixed p(z) keeps latents near zero and of a size near one, and the KL charges for each nat that z says about x.
-# Without it the encoder could spread latents without limit, and no flow could learn where they are.
+# They ask for good reconstructions and for a q near p(z) = N(0, I): the KL charges for each nat (1.44 bits) that z says of x.
+# Without it the encoder could spread latents without limit, and no prior (stage 3) could learn where they are.
 #
 # The likelihood p(x | z, c) is a Gaussian around x_hat with one variance for all D values. Chosen by hand, it would
-# weigh the two terms, like the beta of a beta-VAE. The best one is the MSE (sigma-VAE, arXiv 2006.13202):
+# weigh the two terms. The best one is the MSE (sigma-VAE, arXiv 2006.13202):
 #
 #     -log p(x | z, c) = D/2 log(2 pi variance) + |x - x_hat|² / (2 variance)
 #                      = D/2 log(MSE) + a constant          at  variance = MSE = |x - x_hat|² / D
 #
-# So with each batch's MSE as the variance the loss is D/2 log(MSE) + KL: half the squared error is worth D/2 log 2
-# nats of KL. `train` prints (KL - log p(x | z, c)) / (D log 2) + 8, in bits per dimension, like the size of a file.
-# Usual at 64 pixels: 5 to 6.5 bits, 500 to 2,200 nats of KL, a PSNR (-10 log10 MSE) of 22 to 32 dB.
+# So with each batch's MSE as the variance (a constant to autograd) gradients are those of D/2 log(MSE) + KL: half the
+# squared error is worth D/2 log 2 nats of KL. `train` prints (KL - log p(x | z, c)) / (D log 2) + 8, in bits per
+# dimension. Usual at 64 pixels: 5 to 6.5 bits, 500 to 2,300 nats of KL, a PSNR (-10 log10 MSE) of 22 to 32 dB.
 
-QUANTISATION = 1 / (12 * 256**2)  # of the MSE: pixels are 256 levels, each spread over its width (dequantisation)
+QUANTISATION = 1 / (12 * 256**2)  # a floor of the MSE: the variance of an error spread evenly over one of 256 levels
 
 
 def kl_divergence(mu, logvar):
@@ -554,7 +555,7 @@ def train_vae(run):
         x = mirror_half(get_images(run.images, index), run.config["flip"])  # (n, 3, S, S)
         with autocast(run.device, run.dtype):
             x_hat, kl = forward(x, *sample_condition(run.data, index))
-        variance = mean_over_processes(F.mse_loss(x_hat.detach(), x)) + QUANTISATION  # the best for this batch
+        variance = mean_over_processes(F.mse_loss(x_hat.detach(), x)) + QUANTISATION  # this batch's best, a constant
         vae.variance.lerp_(variance, 0.02)  # a running mean over fifty steps, to measure with
         # the KL fades in, or it could empty z before the decoder can use it
         return objective(x_hat, x, kl, variance, kl_weight=min(1, 8 * progress))
@@ -573,8 +574,8 @@ def train_vae(run):
 # A latent stands for many pictures: it says "fur here", not where each hair lies. The smallest squared error is that
 # of their mean, and a mean of hairs is a smear. A likelihood that judges pixel by pixel asks for no more. So after
 # stage 1 a critic joins: a network that looks at patches and learns to tell photographs from reconstructions, while the
-# decoder learns to mislead it. Such a pair is a generative adversarial network, a GAN (Larsen et al. 2016, arXiv
-# 1512.09300; Esser et al. 2021, arXiv 2012.09841). Stable Diffusion's autoencoder had a critic, too.
+# decoder learns to mislead it. Such a pair is a generative adversarial network, a GAN. Larsen et al. (2016, arXiv
+# 1512.09300) joined one to a VAE; Esser et al. (2021, arXiv 2012.09841) and Stable Diffusion have critics of patches.
 #
 #     critic:   max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))         photographs above 1, reconstructions below -1
 #     decoder:  mean of (x - x_hat)² / (2 variance) - w critic(x_hat)     stay near x, and raise the critic's answer
@@ -585,14 +586,14 @@ def train_vae(run):
 # MSE of the stage 1 decoder, for the same z, in the 9x9 square around it, at most the batch's mean. In a sky it is
 # small, and grain costs much; in fur it is large, and texture costs little. With one variance for all, skies turned
 # grainy before fur was sharp; without the limit, places that no decoder gets right filled with specks. The encoder is
-# frozen: this loss has no KL, so nothing would limit what latents say.
+# frozen: this loss has no KL, so nothing would limit what latents say. `fit` calls `loss` for the photographs `index`.
 
 CRITIC_WEIGHT = 0.3  # less leaves reconstructions blurred, more makes them grainy (assets/experiments.md)
 LEAST_VARIANCE = 1e-4  # added to a pixel's: an error of 0.01, two or three of 256 levels, is hardly seen
 
 
 def make_critic():
-    """A critic of patches: pictures (N, 3, S, S) -> (N, 1, S/8, S/8), an answer for each patch of 54x54."""
+    """A critic of patches: pictures (N, 3, S, S) -> (N, 1, S/8, S/8), an answer for 54x54 pixels, every 8 pixels."""
     def conv(channels_in, channels, kernel, stride):
         return nn.utils.parametrizations.spectral_norm(nn.Conv2d(channels_in, channels, kernel, stride, padding=1))
 
@@ -664,8 +665,8 @@ def train_decoder(run):
 # The decoder's mean was blurred; why is this one not? The decoder answers once, for all pictures that fit. Here a mean
 # decides only the next small step. After it fewer latents are possible; in the end the noise at the start has chosen.
 #
-# The network is a small transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748): each 2x2 patch of the grid is a token
-# (a flat latent is one), and attention connects all tokens.
+# The network is a small transformer (DiT, Peebles & Xie 2023, arXiv 2212.09748). Each 2x2 patch of the grid is a token
+# (a flat latent is one); in attention it gets a mean of all tokens' values v, weighted by how their keys k fit its q.
 
 TIME_DIM = 64  # numbers that describe the time t
 HEADS = 8      # attentions side by side, of W/8 numbers each; with two, one demo night in ten had no moon, or two
@@ -680,7 +681,7 @@ class Block(nn.Module):
         self.adaln = nn.Linear(width, 6 * width)  # a shift and a scale of the input, a gate on the output; twice
         self.qkv = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
-        hidden = 8 * width // 3 // 64 * 64  # with the gate about the work of 4 W without it; multiples of 64 are fast
+        hidden = 8 * width // 3 // 64 * 64  # three matrices of 8/3 W²: the work of two of 4 W²; multiples of 64
         self.mlp_in = nn.Linear(width, 2 * hidden)
         self.mlp_out = nn.Linear(hidden, width)
         nn.init.zeros_(self.adaln.weight)  # gates are zero: a new block changes nothing
@@ -748,7 +749,7 @@ def flow_loss(flow, z, embedding, modality, p_uncond=0.1):
 
 @torch.no_grad()
 def cache_latents(vae, images, data, index, flip=False):
-    """q(z | x, c), c the photograph's embedding, of it and its mirror: mu, sigma (n, 1 or 2, C, G, G) in float16."""
+    """q(z | x, c), c always x's own embedding, of x and its mirror: mu, sigma (n, 1 or 2, C, G, G) in float16."""
     mu = torch.empty(len(index), 2 if flip else 1, *vae.shape, device=index.device, dtype=torch.float16)
     sigma = torch.empty_like(mu)
     for place in tqdm(torch.arange(len(index), device=index.device).split(64), "encoding photographs", leave=False):
@@ -858,7 +859,7 @@ def generate(models, embedding, modality, noise, guidance=GUIDANCE, steps=STEPS)
 
 
 def caption_match(images, own, texts):
-    """CLIP score, R-precision (arXiv 1711.10485) of embedded pictures (N, E) with captions texts[own]."""
+    """CLIP score, R-precision (arXiv 1711.10485) of embedded pictures (N, E), the i-th with caption texts[own[i]]."""
     cosines = images @ texts.T                                                          # (N, captions)
     weight = 1 / own.bincount()[own]  # all captions count alike, however many pictures one has
     score, hit = cosines.gather(1, own[:, None])[:, 0], (cosines.argmax(1) == own).float()
@@ -1400,7 +1401,7 @@ def pool_images(images, size):
 
 
 def get_images(images, index):
-    """Pictures by number, on the index's device: floats in [0, 1], channels last (faster convolutions): (n, 3, S, S)."""
+    """Pictures by number, on the index's device: (n, 3, S, S) in [0, 1], channels last (faster convolutions)."""
     batch = images[index.to(images.device)].to(index.device)
     return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
 
@@ -2004,7 +2005,8 @@ def demo(args):
         draw_toy_world(root)
     if not (root / "clip.pt").exists():
         train_toy_clip(root, root / "clip.pt")
-    for line in ("prepare --coco data/toy --split toy --words sheep cow horse --clip data/toy/clip.pt --data data/toy.pt",
+    for line in ("prepare --coco data/toy --split toy --words sheep cow horse --clip data/toy/clip.pt "
+                 "--data data/toy.pt",
                  # small networks serve a small world; no mirror images, because captions say left and right
                  f"train --data data/toy.pt --model small --epochs {args.epochs} --decoder-epochs {args.decoder_epochs}"
                  f" --prior-epochs {args.prior_epochs} --prior-width 128 --prior-lr 3e-3 --no-flip",
