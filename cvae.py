@@ -635,7 +635,7 @@ def train_decoder(run):
 
     def validate():  # no "loss": decoder and critic have none in common
         figures = measure_vae(run.models["vae"], run.images, run.data, val)
-        if figures["psnr"] < psnr - 3:
+        if not figures["psnr"] > psnr - 3:  # also if it is no number
             raise UserError(f"The critic pulled the decoder away from the photographs: PSNR {figures['psnr']:.1f} dB "
                             f"after {psnr:.1f}. Start anew with a lower --decoder-lr, or --decoder-epochs 0.")
         return {name: figures[name] for name in ("bpd", "psnr")}
@@ -877,10 +877,11 @@ def diversity(images, own):
 
 def cmmd(a, b):
     """CMMD (arXiv 2401.09603) of unit vectors (N, E), (M, E): 1000 · MMD², kernel exp(-|u - v|² / (2 · 10²))."""
-    def kernel(u, v):
-        return torch.exp(-torch.cdist(u.cpu().double(), v.cpu().double()).square() / (2 * 10**2)).mean()
+    def likeness(u, v):  # within a set without each picture's to itself, or larger sets would seem nearer
+        kernel = torch.exp(-torch.cdist(u.cpu().double(), v.cpu().double()).square() / (2 * 10**2))
+        return (kernel.sum() - len(u)) / max(1, len(u) * (len(u) - 1)) if u is v else kernel.mean()
 
-    return 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)).item()
+    return 1000 * (likeness(a, a) + likeness(b, b) - 2 * likeness(a, b)).item()
 
 
 def nearest_neighbour(images, others):
@@ -1058,8 +1059,10 @@ def choose_device(request=None):
     available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if request and request not in available:
         raise UserError(f"PyTorch sees no {request} device here; --device takes: {', '.join(available)}.")
-    name = request or available[0]
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    name, rank = request or available[0], int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda" and rank > 0 and rank >= torch.cuda.device_count():
+        raise UserError(f"There are only {torch.cuda.device_count()} cards: torchrun --nproc_per_node takes no more.")
+    return torch.device(name, rank) if name == "cuda" else torch.device(name)
 
 
 def choose_precision(device, request=None):
@@ -1309,7 +1312,9 @@ def load_image(path, box):
             if photograph.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
                 photograph = Image.fromarray((np.asarray(photograph) // 257).astype(np.uint8))
             return ImageOps.exif_transpose(photograph).convert("RGB")
-    except (Image.DecompressionBombError, SyntaxError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # Pillow raises a dozen types for odd files and odd EXIF: struct.error, TypeError, ...
         raise ValueError(first_line(error)) from error
 
 
@@ -1355,9 +1360,10 @@ def embed_photographs(model, paths, device, batch=32):
         return list(zip(squares, for_vae, encode_images(model, torch.stack(for_clip).to(device)))), problems
 
     # Each core works through batches of its own: threads that share a batch wait for each other after every layer.
-    # Decoding hardly holds Python's lock, so threads will do.
+    # Decoding hardly holds Python's lock, so threads will do. Two that use a Mac's GPU at once can crash PyTorch.
     torch.set_num_threads(1)
-    pool, batches = ThreadPoolExecutor(cores), [range(len(paths))[i:i + batch] for i in range(0, len(paths), batch)]
+    pool = ThreadPoolExecutor(1 if torch.device(device).type == "mps" else cores)
+    batches = [range(len(paths))[i:i + batch] for i in range(0, len(paths), batch)]
     images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
     kept, embeddings = [], []
     try:
@@ -1510,7 +1516,9 @@ def report(run, stage, figures, speed):
     """Keep and print the figures of a validation; write best.pt if its loss is the lowest, or where it has none."""
     first, *others = run.history[stage]
     if "loss" in figures and figures["step"] > 2 * WARM_UP:  # it had time to
-        check_loss(figures["loss"], run, stage, first["loss"])
+        # worse than it was, but not on what it learns from: it overfits, and best.pt keeps what generalised best
+        overfits = figures["train_loss"] < first["loss"] and any(other["loss"] < first["loss"] for other in others)
+        check_loss(figures["loss"], run, stage, math.inf if overfits else first["loss"])
     run.history[stage].append(figures)
     if all(figures.get("loss", -math.inf) < other.get("loss", math.inf) for other in others):
         save_checkpoint(run, "best.pt")
@@ -1926,7 +1934,7 @@ def sample(args):
     if args.separate:
         from torchvision.utils import save_image
         for number, picture in enumerate(torch.cat(rows), 1):
-            own_path = path.with_name(f"{path.stem}-{number:02}.png")
+            own_path = sample_path(args.out, f"{path.stem}-{number:02}")
             with atomic(own_path) as temporary:
                 save_image(picture, temporary)
             print(own_path)
@@ -1953,7 +1961,7 @@ def measure_samples(args, models, images, data, clip_model):
     asked = [(place, captions.index(caption)) for place, number in enumerate(test.tolist())
              for caption in dict.fromkeys(data["captions"][number]) if caption in captions]
     place, own = torch.tensor(asked, device=test.device).T
-    # CMMD falls with the number of pictures, so photographs are compared with as many as samples are
+    # CMMD's memory grows with the square of the number: as many photographs to learn from as test ones will do
     table = {"photographs": compute_metrics(real, own, texts, real_train[:len(real)], real_train, asked=place)}
     own = torch.arange(len(texts), device=test.device).repeat_interleave(4)             # four of each caption
     for guidance in sorted({1.0, guidance}) if models["prior"] else [1.0]:
@@ -2145,12 +2153,13 @@ def main(argv=None):
     try:
         refuse_contradictions(args)
         args.function(args)
-    except (UserError, KeyboardInterrupt, OSError, ImportError, torch.OutOfMemoryError) as error:
-        if args.debug:
-            raise
+    except (UserError, KeyboardInterrupt, OSError, ImportError, RuntimeError) as error:
         message = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "The GPU ran out of memory; try half of --batch, --decoder-batch and --prior-batch, or of -n."
+        full = re.search("out of memory|can't allocate memory", message)  # CUDA's has a type of its own, others' not
+        if args.debug or (isinstance(error, RuntimeError) and not full):
+            raise
+        if isinstance(error, RuntimeError):
+            message = "The memory is full; try half of --batch, --decoder-batch and --prior-batch, or of -n."
         elif isinstance(error, KeyboardInterrupt):
             message = message or "Interrupted. What was finished is kept; the same command goes on (train: --resume)."
         elif isinstance(error, ImportError) and "clip" in str(error.name):  # two packages have this name

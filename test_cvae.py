@@ -21,6 +21,7 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import textwrap
@@ -345,6 +346,10 @@ def test_pictures_of_odd_shapes(here):
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to view": the camera was held upright
     gradient().save(here / "rotated.jpg", exif=exif)
+    odd = struct.pack("<2sHI H HHII HHII I", b"II", 42, 8, 2, 0x0112, 3, 1, 6, 0x0128, 4, 1, 70_000, 0)  # ResolutionUnit is a short, this is none
+    gradient().save(here / "odd.jpg", exif=b"Exif\0\0" + odd)
+    with pytest.raises(ValueError):  # of Pillow's struct.error `prepare` would end
+        cvae.load_image(here / "odd.jpg", 64)
     upright = square_of(here / "rotated.jpg")
     assert upright.mean((0, 2))[-1] - upright.mean((0, 2))[0] > 100  # now it runs from top to bottom
     assert abs(upright.mean((0, 1))[-1] - upright.mean((0, 1))[0]) < 10
@@ -655,8 +660,11 @@ def test_slerp_diversity_cmmd_the_nearest_and_hits_of_known_cases():
     assert cvae.diversity(a, torch.tensor([0, 1, 0])) == pytest.approx(np.mean(pairs), abs=1e-6)  # two of three are too few
     twice = a[[0, 1, 0, 2]]
     assert cvae.diversity(twice, torch.tensor([0, 0, 1, 1])) == pytest.approx((pairs[0] + pairs[1]) / 2, abs=1e-6)
-    assert cvae.cmmd(a, a) == pytest.approx(0, abs=1e-9)
-    assert cvae.cmmd(a[:1], a[1:2]) == pytest.approx(1000 * (2 - 2 * np.exp(-2 / 200)), rel=1e-6)  # at distance d: 1000 · (2 - 2 exp(-d² / 200))
+    alike = {pair: np.exp(-np.square(a[pair[0]].numpy() - a[pair[1]].numpy()).sum() / 200) for pair in itertools.product(range(3), repeat=2)}
+    across = np.mean([alike[i, j] for i in (0, 1) for j in (1, 2)])
+    assert cvae.cmmd(a[:2], a[1:]) == pytest.approx(1000 * (alike[0, 1] + alike[1, 2] - 2 * across), rel=1e-5)
+    few, many, others = (torch.randn(count, 4, generator=torch.Generator().manual_seed(count)) for count in (30, 600, 601))
+    assert max(abs(cvae.cmmd(few, others)), abs(cvae.cmmd(many, others))) < 2  # the same distribution, however many: with its diagonal 33 for the few
     a, b = (F.normalize(torch.randn(n, 5, generator=torch.Generator().manual_seed(n)), dim=1) for n in (7, 9))
     for i, (distance, which) in enumerate(zip(*cvae.nearest_neighbour(a, b))):
         loop = [1 - float(a[i] @ b[j]) for j in range(9)]
@@ -1068,10 +1076,29 @@ def test_out_of_memory_names_a_batch_size_and_fewer_photographs_than_a_batch_sti
     do(*training(world, "run", "--batch", 4096, "--decoder-batch", 4096, "--epochs", 1))
     assert len(stored("run")["history"]["vae"]) == 2
 
-    def out_of_memory(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
-    monkeypatch.setattr(cvae, "take_step", out_of_memory)
-    assert "--batch" in stops(*training(world, "other"))
+    def failing(error):
+        def fail(*_, **__):
+            raise error
+        monkeypatch.setattr(cvae, "take_step", fail)
+    for number, error in enumerate((torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB"), RuntimeError("MPS backend out of memory (MPS"),
+                                    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"))):
+        failing(error)
+        assert "--batch" in stops(*training(world, f"full-{number}"))
+    failing(RuntimeError("a fault of ours"))
+    with pytest.raises(RuntimeError, match="of ours"):
+        do(*training(world, "faulty"))
+
+
+@pytest.mark.parametrize("earlier, training_loss, stopped", [([5.0], 3.0, False), ([5.0], 9.0, True), ([9.0], 3.0, True), ([], 3.0, True)])
+def test_overfitting_is_no_divergence(here, monkeypatch, earlier, training_loss, stopped):
+    """Knowing nothing costs 8. Worse than that on validation photographs, but not on those learned from, after it was better: it overfits."""
+    monkeypatch.setattr(cvae, "save_checkpoint", lambda *_: None)
+    history = {"vae": [{"step": 0, "epoch": 0, "loss": 8.0}] + [{"step": 200, "epoch": 1, "loss": loss} for loss in earlier]}
+    run = cvae.Run(here, cvae.CONFIG, {}, None, CPU, torch.float32, {}, history)
+    with pytest.raises(cvae.UserError, match="diverged") if stopped else contextlib.nullcontext():
+        cvae.report(run, "vae", {"step": 400, "epoch": 2, "train_loss": training_loss, "loss": 8.5}, speed=1.0)
+    with pytest.raises(cvae.UserError, match="NaN"):
+        cvae.report(run, "vae", {"step": 400, "epoch": 2, "train_loss": training_loss, "loss": np.nan}, speed=1.0)
 
 
 def test_options_out_of_range_or_that_exclude_each_other_are_refused_with_the_reason(capsys):
@@ -1163,6 +1190,9 @@ def test_a_row_is_its_own_steps_end_in_it_rerank_keeps_the_best_and_separate_the
     for path, picture in zip(paths, torch.cat(grid)):
         read = np.asarray(Image.open(path))
         assert read.shape == (64, 64, 3) and np.abs(read / 255 - picture.permute(1, 2, 0).numpy()).max() < 1 / 255
+    before = [Path(path).read_bytes() for path in paths]  # the grid's name is free (here none is drawn), those of its pictures are not
+    do("sample", "a sheep", "a cow", "-n", 3, "--separate", "--seed", 1, "--steps", 1, "--checkpoint", run_folder)
+    assert before == [Path(path).read_bytes() for path in paths] and Path(paths[0]).with_stem("a-sheep-a-cow-01-2").exists()
 
 
 def test_the_newest_run_is_the_default(world, run_folder, here):
@@ -1307,6 +1337,14 @@ def test_devices_get_the_precision_that_they_have_and_others_are_refused(monkeyp
         cvae.choose_device("cuda")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert cvae.choose_device().type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for process in (0, 1):  # torchrun's
+        monkeypatch.setenv("LOCAL_RANK", str(process))
+        assert cvae.choose_device() == torch.device("cuda", process)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(cvae.UserError, match="only 2 cards"):
+        cvae.choose_device()
 
 
 def test_training_in_half_precision_begins_like_float32(world, here):
@@ -1419,6 +1457,10 @@ def pretended(kind, monkeypatch, room=2**33):
         return ask
 
     class Pool(cvae.ThreadPoolExecutor):  # a mode is one thread's: hand it to the others
+        def __init__(self, workers):
+            assert kind != "mps" or workers == 1, "PyTorch crashes where two threads use a Mac's GPU"
+            super().__init__(workers)
+
         def submit(self, function, *args):
             def work():
                 with Pretend(kind):
