@@ -198,13 +198,14 @@ def encode_texts(model, texts):
     """Embed N captions with CLIP, which reads at most 77 tokens (about 55 words) of each: unit vectors (N, E)."""
     import clip
     device, embeddings = model.text_projection.device, []
-    for start in tqdm(range(0, len(texts), 64), "CLIP, captions", leave=False, disable=len(texts) <= 512):
-        tokens = clip.tokenize(texts[start:start + 64], model.context_length, truncate=True)    # (n, 77)
+    order = torch.tensor([len(text) for text in texts]).argsort()  # a batch of texts alike in length: few empty tokens
+    for batch in tqdm(order.split(64), "CLIP, captions", leave=False, disable=len(texts) <= 512):
+        tokens = clip.tokenize([texts[number] for number in batch], model.context_length, truncate=True)  # (n, 77)
         # no token sees later ones, and CLIP reads a text off its end token, the largest number: cut what follows
         tokens = tokens[:, :int(tokens.argmax(1).max()) + 1]
         with autocast(CPU, choose_precision(CPU)):
             embeddings.append(F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1))
-    return torch.cat(embeddings)
+    return torch.cat(embeddings)[order.argsort().to(device)]  # as they came
 
 
 # The modality gap. CLIP only asks pairs to be nearer than mismatches, and images and captions end up in two separate
@@ -368,8 +369,8 @@ def sample_posterior(mu, logvar):
 #                  = E_q [ log p(x | z, c) ] - KL( q(z | x, c) || p(z) )  =  ELBO
 #
 # The integral can't be computed; of the last line one draw z estimates the first term, and the second has a formula.
-# They ask for good reconstructions and for a q near p(z) = N(0, I): the KL charges for each nat (1.44 bits) that z says of x.
-# Without it the encoder could spread latents without limit, and no prior (stage 3) could learn where they are.
+# They ask for good reconstructions and for a q near p(z) = N(0, I): the KL charges for each nat (1.44 bits) that z says
+# of x. Without it the encoder could spread latents without limit, and no prior (stage 3) could learn where they are.
 #
 # The likelihood p(x | z, c) is a Gaussian around x_hat with one variance for all D values. Chosen by hand, it would
 # weigh the two terms. The best one is the MSE (sigma-VAE, arXiv 2006.13202):
@@ -853,9 +854,8 @@ def generate(models, embedding, modality, noise, guidance=GUIDANCE, steps=STEPS)
 #     do they look like photographs?       CMMD, a distance between two distributions of embeddings
 #     are they copies?                     median distance from a sample to the nearest training picture
 #
-# Photographs are asked, too (where few share a caption, their diversity is over all). CLIP is a biased judge: the
-# model was trained on its embeddings. Samples can beat photographs in R-precision, since a sample shows what CLIP read
-# in the caption and a photograph also what nobody mentioned. Look at the pictures, too.
+# Photographs are asked, too. CLIP is a biased judge: the model learned with its embeddings. Samples beat photographs
+# in R-precision: they show what CLIP read in the caption, photographs also what no one mentioned. Look at pictures, too.
 
 
 def caption_match(images, own, texts):
@@ -1961,7 +1961,7 @@ def measure_samples(args, models, images, data, clip_model):
     asked = [(place, captions.index(caption)) for place, number in enumerate(test.tolist())
              for caption in dict.fromkeys(data["captions"][number]) if caption in captions]
     place, own = torch.tensor(asked, device=test.device).T
-    # CMMD's memory grows with the square of the number: as many photographs to learn from as test ones will do
+    # CMMD's memory grows with the square of the number: of those to learn from, as many as there are test ones
     table = {"photographs": compute_metrics(real, own, texts, real_train[:len(real)], real_train, asked=place)}
     own = torch.arange(len(texts), device=test.device).repeat_interleave(4)             # four of each caption
     for guidance in sorted({1.0, guidance}) if models["prior"] else [1.0]:
