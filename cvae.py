@@ -854,8 +854,8 @@ def generate(models, embedding, modality, noise, guidance=GUIDANCE, steps=STEPS)
 #     do they look like photographs?       CMMD, a distance between two distributions of embeddings
 #     are they copies?                     median distance from a sample to the nearest training picture
 #
-# Photographs are asked, too. CLIP is a biased judge: the model learned with its embeddings. Samples beat photographs
-# in R-precision: they show what CLIP read in the caption, photographs also what no one mentioned. Look at pictures, too.
+# Photographs are asked, too. CLIP is a biased judge: the model learned with its embeddings. Samples can beat
+# photographs in R-precision: they show what CLIP read in a caption, photographs also what it omits. Look at both, too.
 
 
 def caption_match(images, own, texts):
