@@ -877,7 +877,7 @@ def diversity(images, own):
 
 def cmmd(a, b):
     """CMMD (arXiv 2401.09603) of unit vectors (N, E), (M, E): 1000 · MMD², kernel exp(-|u - v|² / (2 · 10²))."""
-    def likeness(u, v):  # within a set without each picture's to itself, or larger sets would seem nearer
+    def likeness(u, v):  # within a set, pictures are not compared with themselves: small sets would seem far apart
         kernel = torch.exp(-torch.cdist(u.cpu().double(), v.cpu().double()).square() / (2 * 10**2))
         return (kernel.sum() - len(u)) / max(1, len(u) * (len(u) - 1)) if u is v else kernel.mean()
 
@@ -1961,7 +1961,7 @@ def measure_samples(args, models, images, data, clip_model):
     asked = [(place, captions.index(caption)) for place, number in enumerate(test.tolist())
              for caption in dict.fromkeys(data["captions"][number]) if caption in captions]
     place, own = torch.tensor(asked, device=test.device).T
-    # CMMD's memory grows with the square of the number: of those to learn from, as many as there are test ones
+    # CMMD's memory grows with the square of a set's size: of those to learn from take as many as there are test ones
     table = {"photographs": compute_metrics(real, own, texts, real_train[:len(real)], real_train, asked=place)}
     own = torch.arange(len(texts), device=test.device).repeat_interleave(4)             # four of each caption
     for guidance in sorted({1.0, guidance}) if models["prior"] else [1.0]:
