@@ -877,11 +877,11 @@ def diversity(images, own):
 
 def cmmd(a, b):
     """CMMD (arXiv 2401.09603) of unit vectors (N, E), (M, E): 1000 · MMD², kernel exp(-|u - v|² / (2 · 10²))."""
-    def likeness(u, v):  # within a set, pictures are not compared with themselves: small sets would seem far apart
-        kernel = torch.exp(-torch.cdist(u.cpu().double(), v.cpu().double()).square() / (2 * 10**2))
-        return (kernel.sum() - len(u)) / max(1, len(u) * (len(u) - 1)) if u is v else kernel.mean()
+    def likeness(distances):  # pdist leaves out those to oneself, 0: with them larger sets would seem nearer
+        return torch.exp(-distances.square() / (2 * 10**2)).mean()
 
-    return 1000 * (likeness(a, a) + likeness(b, b) - 2 * likeness(a, b)).item()
+    a, b = a.cpu().double(), b.cpu().double()
+    return 1000 * (likeness(F.pdist(a)) + likeness(F.pdist(b)) - 2 * likeness(torch.cdist(a, b))).item()
 
 
 def nearest_neighbour(images, others):

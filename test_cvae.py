@@ -1076,15 +1076,14 @@ def test_out_of_memory_names_a_batch_size_and_fewer_photographs_than_a_batch_sti
     do(*training(world, "run", "--batch", 4096, "--decoder-batch", 4096, "--epochs", 1))
     assert len(stored("run")["history"]["vae"]) == 2
 
-    def failing(error):
-        def fail(*_, **__):
-            raise error
-        monkeypatch.setattr(cvae, "take_step", fail)
-    for number, error in enumerate((torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB"), RuntimeError("MPS backend out of memory (MPS"),
-                                    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"))):
-        failing(error)
+    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB"), RuntimeError("MPS backend out of memory (MPS"),
+              RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"), RuntimeError("a fault of ours")]
+
+    def fail(*_):
+        raise errors.pop(0)
+    monkeypatch.setattr(cvae, "take_step", fail)
+    for number in range(3):
         assert "--batch" in stops(*training(world, f"full-{number}"))
-    failing(RuntimeError("a fault of ours"))
     with pytest.raises(RuntimeError, match="of ours"):
         do(*training(world, "faulty"))
 
@@ -1793,9 +1792,14 @@ def test_moons_and_suns_are_counted(sky, count, discs):
         assert count(picture) == discs + 1
 
 
+def patch_deviation(pictures):
+    """Standard deviation within 8x8 patches, a mean over the colours: (N, 3, 64, 64) -> (N, 8, 8)."""
+    return F.unfold(pictures.flatten(0, 1)[:, None], 8, stride=8).std(1).unflatten(0, (-1, 3)).mean(1).unflatten(1, (8, 8))
+
+
 def deviation_of_flat_areas(pictures):
     """Mean standard deviation within 8x8 patches that show nothing (below 0.03), in the upper three rows of patches and in the lower three."""
-    patches = F.unfold(pictures.flatten(0, 1)[:, None], 8, stride=8).std(1).unflatten(0, (-1, 3)).mean(1).unflatten(1, (8, 8))  # (N, 8, 8)
+    patches = patch_deviation(pictures)
     areas = {"sky": patches[:, :3], "ground": patches[:, 5:], "both": patches[:, [0, 1, 2, 5, 6, 7]]}
     return {f"flat areas, deviation, {area}": some[some < 0.03].mean().item() for area, some in areas.items()}
 
@@ -1942,7 +1946,7 @@ def test_kid_of_known_cases():
 def fine_detail(pictures):
     """What a 3x3 mean takes away: its standard deviation within 8x8 patches, over all patches and over the smoothest fifth."""
     fine = pictures - F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
-    patches = F.unfold(fine.flatten(0, 1)[:, None], 8, stride=8).std(1).unflatten(0, (-1, 3)).mean(1).flatten().sort().values
+    patches = patch_deviation(fine).flatten().sort().values
     return {"detail": patches.mean().item(), "detail, smooth": patches[:len(patches) // 5].mean().item()}
 
 
