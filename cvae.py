@@ -301,8 +301,8 @@ class VAE(nn.Module):
     def __init__(self, size, condition_dim, latents="grid", dropout=0.0, channels=12, width=32):
         super().__init__()
         half, quarter, eighth = width, 2 * width, 3 * width
-        channels, side = (channels, size // 8) if latents == "grid" else (LATENT_DIM, 1)
-        self.shape, k = (channels, side, side), size // 8 // side  # kernel: 1, or the whole map if flat
+        channels, side, k = (channels, size // 8, 1) if latents == "grid" else (LATENT_DIM, 1, size // 8)
+        self.shape = (channels, side, side)  # and each cell of it sees k x k cells of the map of S / 8
         self.condition = Condition(condition_dim, CONDITION_CHANNELS)
         self.encoder = nn.Sequential(
             nn.Conv2d(3, quarter, 4, stride=4), ResBlock(quarter),                      # (N, 64, S/4, S/4)
@@ -483,7 +483,7 @@ def fit(run, stage, networks, loss, validate, draw):
     epoch_steps = max(1, len(train) // batch)
     total, period = epochs * epoch_steps, math.ceil(epochs / 30) * epoch_steps  # at most thirty validations
     ema = nn.ModuleDict({name: deepcopy(network) for name, network in networks.items() if name in run.models})
-    run.models |= ema.requires_grad_(False).eval().items()
+    run.models.update(ema.requires_grad_(False).eval().items())  # the averages validate, draw and are kept
     # AdamW averages gradients; against a critic that learns, older ones mislead: 0.5 forgets them
     optimizer = torch.optim.AdamW([p for p in networks.parameters() if p.requires_grad], fused=True,
                                   betas=(0.5 if stage == "decoder" else 0.9, 0.99))
@@ -498,7 +498,7 @@ def fit(run, stage, networks, loss, validate, draw):
             if place == 0 or step == start:
                 order = shuffled(train, run.config["seed"] * 1000 + epoch)
             torch.manual_seed(run.config["seed"] * 1_000_003 + step * world + rank)
-            value = loss(order[place * batch:][:batch][rank::world], step / total)
+            value = loss(order[place * batch:(place + 1) * batch][rank::world], step / total)
             take_step(networks, optimizer, scaler, value, learning_rate(step, total, peak))
             for name, average in ema.items():
                 update_ema(average, networks[name], step + 1)
@@ -627,12 +627,12 @@ def train_decoder(run):
             gain = critic(x_hat[crop]).float().mean()
             critic.requires_grad_(True)   # the critic's step: no gradients pass to the decoder
             real, fake = critic(x[crop]).float(), critic(x_hat.detach()[crop]).float()
-        error, variance = ((y - x).square().mean(1) for y in (x_hat, x_mean))               # (n, S, S)
-        variance = F.avg_pool2d(variance, 9, stride=1, padding=4, count_include_pad=False)  # of the 9x9 around a pixel
-        variance = variance.clamp(max=variance.mean()) + LEAST_VARIANCE
-        nll = (error / (2 * variance)).mean()
-        return (nll - CRITIC_WEIGHT * min(1, 8 * progress) * gain  # of the decoder; the critic is to learn first
-                + F.relu(1 - real).mean() + F.relu(1 + fake).mean())  # of the critic: one sum, but no shared gradients
+        variance = F.avg_pool2d((x_mean - x).square().mean(1), 9, stride=1, padding=4, count_include_pad=False)
+        variance = variance.clamp(max=variance.mean()) + LEAST_VARIANCE  # (n, S, S), one for each pixel
+        nll = ((x_hat - x).square().mean(1) / (2 * variance)).mean()
+        decoder_loss = nll - CRITIC_WEIGHT * min(1, 8 * progress) * gain  # the critic is to learn first
+        critic_loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        return decoder_loss + critic_loss  # one sum, one optimizer: they share no gradients
 
     def validate():  # no "loss": decoder and critic have none in common
         figures = measure_vae(run.models["vae"], run.images, run.data, val)
@@ -832,8 +832,8 @@ def sample_flow(flow, noise, embedding, modality, guidance=GUIDANCE, steps=STEPS
 @torch.no_grad()
 def generate(models, embedding, modality, noise, guidance=GUIDANCE, steps=STEPS):
     """Draw pictures: embeddings (N, E) of one modality, noise (N, C, G, G) -> (N, 3, S, S) in [0, 1]."""
-    pictures = []
-    for c, z in zip(embedding.split(64), noise.split(64)):  # a batch that fits in any memory
+    pictures, batches = [], list(zip(embedding.split(64), noise.split(64)))  # batches fit in any memory
+    for c, z in tqdm(batches, "drawing", leave=False, disable=len(batches) == 1):
         if models["prior"]:
             z = sample_flow(models["prior"], z, c, modality, guidance, steps)[-1]
         pictures.append(models["vae"].decode(z, c, modality))
@@ -1955,11 +1955,12 @@ def measure_samples(args, models, images, data, clip_model):
 
     real, real_train = embed(test), embed(train)                                        # (M, E), (N, E)
     # a hundred captions, one of each photograph (its others would be right answers, too), of the five in turn
-    captions = [data["captions"][number][place % CAPTIONS] for place, number in enumerate(test.tolist())]
-    captions = list(dict.fromkeys(captions))[:100]                                      # no two are alike
+    fives = [data["captions"][number] for number in test.tolist()]
+    captions = list(dict.fromkeys(five[place % CAPTIONS] for place, five in enumerate(fives)))[:100]  # no two alike
     texts = encode_texts(clip_model, captions)                                          # (100, E)
-    asked = [(place, captions.index(caption)) for place, number in enumerate(test.tolist())
-             for caption in dict.fromkeys(data["captions"][number]) if caption in captions]
+    # who has which of the hundred? in the toy world one caption may be that of many pictures
+    asked = [(place, captions.index(caption)) for place, five in enumerate(fives)
+             for caption in dict.fromkeys(five) if caption in captions]
     place, own = torch.tensor(asked, device=test.device).T
     # CMMD's memory grows with the square of a set's size: of those to learn from take as many as there are test ones
     table = {"photographs": compute_metrics(real, own, texts, real_train[:len(real)], real_train, asked=place)}
