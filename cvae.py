@@ -32,7 +32,7 @@ Contents (each `# %%` is a notebook cell in VS Code, Spyder and Jupyter)
     4. The ELBO            derived line by line; the calibrated likelihood; the report's loss
     5. Training            one loop for three stages
     6. The second lesson   why a mean is blurred; a critic
-    7. The prior           why N(0, I) draws fog; flow matching; guidance
+    7. The prior           why N(0, I) will not do; flow matching; guidance
     8. Sampling            from text, from an image, in between
     9. Evaluation          on pictures that nothing was chosen on
     Appendices             A. a toy world   B. devices, files, downloads   C. the command line
@@ -97,7 +97,7 @@ for message in "pkg_resources is deprecated", "`torch.jit.load` is deprecated", 
 #         loss = D / 2 * log(MSE(x_hat, x)) + KL(q, N(0, I))
 #
 #     Stage 2: the decoder's second lesson                # section 6; the encoder is frozen
-#         loss = mean((x - x_hat)² / (2 * variance)) - 0.3 * critic(x_hat)    # of a crop, 3x56x56 -> 1x7x7
+#         loss = mean((x - x_hat)² / (2 * variance)) - 0.3 * critic(x_hat)    # critic: 3x56x56 -> 1x7x7
 #         critic's loss = max(0, 1 - critic(x)) + max(0, 1 + critic(x_hat))
 #
 #     Stage 3: the prior                                  # section 7; every mu and sigma is computed once
@@ -153,8 +153,8 @@ def split_data(images):
     """Assign photographs to splits by a hash of their pixels, so that equal ones stay together: (N, ...) -> (N,)."""
     hashes = [int(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:15], 16) for image in images]
     different, rank = torch.tensor(hashes).unique(return_inverse=True)  # rank among the sorted hashes
-    if len(different) < 3:
-        raise UserError("Too few different photographs: at least three are needed, one for each split of the data.")
+    if len(different) < 4:
+        raise UserError("Too few different photographs: at least four are needed, two of them to learn from.")
     test = max(1, min(1000, len(different) // 10))
     val = max(1, min(500, len(different) // 20))
     split = torch.full_like(rank, TRAIN)
@@ -266,7 +266,7 @@ def sample_condition(data, index):
 #
 # A convolution at 64x64 does 64 times the work of one at 8x8, so most layers work on small maps; the decoder's last
 # hide the borders between the squares that its cells wrote. Beside both halves runs a linear skip connection: weighted
-# sums of each 8x8 square go to its cell, and back. Deep networks learn simple maps slowly.
+# sums of each 8x8 square go to its cell, and back. One linear layer learns these sooner than many layers.
 
 LATENT_DIM = 128          # numbers in the flat latent, the report's
 CONDITION_CHANNELS = 32   # the condition's share of the channels, the report's
@@ -370,7 +370,7 @@ def sample_posterior(mu, logvar):
 #
 # The integral can't be computed; of the last line one draw z estimates the first term, and the second has a formula.
 # They ask for good reconstructions and for a q near p(z) = N(0, I): the KL charges for each nat (1.44 bits) that z says
-# of x. Without it the encoder could spread latents without limit, and no prior (stage 3) could learn where they are.
+# of x. Without it the encoder would store every detail of x, and leave the prior (stage 3) a harder task.
 #
 # The likelihood p(x | z, c) is a Gaussian around x_hat with one variance for all D values. Chosen by hand, it would
 # weigh the two terms. The best one is the MSE (sigma-VAE, arXiv 2006.13202):
@@ -426,7 +426,7 @@ MODELS = {  # what --model changes: "small" suits two processor cores and a Mac,
     "base": {"vae_width": 64, "epochs": 30, "batch": 64, "decoder_batch": 64, "prior_width": 512, "prior_depth": 8,
              "prior_epochs": 200, "prior_batch": 256, "prior_lr": 1e-3}}
 WARM_UP = 50        # steps over which the learning rate rises
-SAVE_SECONDS = 240  # between two writings of last.pt: what kill -9 or a power cut costs at most
+SAVE_SECONDS = 240  # between two writings of last.pt: about what kill -9 or a power cut costs at most
 
 
 @dataclass
@@ -650,10 +650,10 @@ def train_decoder(run):
 #     python cvae.py train --data data/toy.pt --prior normal --epochs 1 --decoder-epochs 1 --no-flip --run tried/critic
 
 # %% 7. The prior -----------------------------------------------------------------------------------
-# The VAE is trained; now draw z from N(0, I) and decode it: fog, a picture of nothing. Why? Training pulls each
-# q(z | x, c) towards N(0, I) only as far as the reconstruction allows. Nothing makes the aggregated posterior, the
-# latents of all photographs together, equal N(0, I): in it neighbouring cells agree (sky beside sky), and it depends
-# on c. So N(0, I) draws latents that no picture has (prior.png shows both). The cure is to learn the prior p(z | c).
+# The VAE is trained; now draw z from N(0, I) and decode it: scraps of colour, a picture of nothing. Why? The KL pulls
+# each q(z | x, c) towards N(0, I) only as far as the reconstruction allows. So the aggregated posterior, the latents of
+# all photographs together, stays another distribution: neighbouring cells agree (sky beside sky), and it depends on c.
+# N(0, I) draws latents that no picture has (prior.png shows both). The cure is to learn the prior p(z | c).
 #
 # Flow matching (Lipman et al. 2023, arXiv 2210.02747 [3]; Liu et al. 2023, arXiv 2209.03003) learns it by
 # regression. Join a latent z and noise by a straight line, and walk along it with time t:
@@ -797,7 +797,7 @@ def train_prior(run):
         lambda path: save_samples(path, run.models, run.images, data, val[:8]))
 
 
-# Try it: N(0, I) beside the flow, the same noise through the same decoder. The first is fog.
+# Try it: N(0, I) beside the flow, the same noise through the same decoder. The first is scraps of colour.
 #     python cvae.py sample "a sheep on green grass" --prior normal
 #     python cvae.py sample "a sheep on green grass"
 
@@ -806,7 +806,7 @@ def train_prior(run):
 # the decoder makes the picture. `--image` starts from CLIP's image encoder; `--interpolate` keeps the noise and goes
 # from one condition to another; with `--prior normal` the noise is the latent.
 
-GUIDANCE = 1.5  # pictures are then recognised at least as often as photographs, and vary a little less
+GUIDANCE = 1.5  # samples are then recognised at least as often as photographs, and vary a little less
 STEPS = 16      # more change little
 
 
@@ -840,7 +840,7 @@ def generate(models, embedding, modality, noise, guidance=GUIDANCE, steps=STEPS)
     return torch.cat(pictures)
 
 
-# Try it: with guidance 4 more pictures show what the prompt says, and they are more alike. And 2 steps instead of 16.
+# Try it: with guidance 4 pictures are more alike; photographs then also show the prompt more often. And with 2 steps?
 #     python cvae.py sample "two cows in the snow" --guidance 1
 #     python cvae.py sample "two cows in the snow" --guidance 4
 #     python cvae.py sample "two cows in the snow" --steps 2
@@ -1515,10 +1515,11 @@ def restore(run, stage, state):
 def report(run, stage, figures, speed):
     """Keep and print the figures of a validation; write best.pt if its loss is the lowest, or where it has none."""
     first, *others = run.history[stage]
-    if "loss" in figures and figures["step"] > 2 * WARM_UP:  # it had time to
+    if "loss" in figures:
+        begins = figures["step"] <= 2 * WARM_UP
         # worse than it was, but not on what it learns from: it overfits, and best.pt keeps what generalised best
         overfits = figures["train_loss"] < first["loss"] and any(other["loss"] < first["loss"] for other in others)
-        check_loss(figures["loss"], run, stage, math.inf if overfits else first["loss"])
+        check_loss(figures["loss"], run, stage, math.inf if begins or overfits else first["loss"])
     run.history[stage].append(figures)
     if all(figures.get("loss", -math.inf) < other.get("loss", math.inf) for other in others):
         save_checkpoint(run, "best.pt")

@@ -1096,8 +1096,10 @@ def test_overfitting_is_no_divergence(here, monkeypatch, earlier, training_loss,
     run = cvae.Run(here, cvae.CONFIG, {}, None, CPU, torch.float32, {}, history)
     with pytest.raises(cvae.UserError, match="diverged") if stopped else contextlib.nullcontext():
         cvae.report(run, "vae", {"step": 400, "epoch": 2, "train_loss": training_loss, "loss": 8.5}, speed=1.0)
-    with pytest.raises(cvae.UserError, match="NaN"):
-        cvae.report(run, "vae", {"step": 400, "epoch": 2, "train_loss": training_loss, "loss": np.nan}, speed=1.0)
+    for step in 10, 400:  # at the beginning, too, where 8.5 would do
+        with pytest.raises(cvae.UserError, match="NaN"):
+            cvae.report(run, "vae", {"step": step, "epoch": 2, "train_loss": training_loss, "loss": np.nan}, speed=1.0)
+    cvae.report(run, "vae", {"step": 10, "epoch": 1, "train_loss": training_loss, "loss": 8.5}, speed=1.0)
 
 
 def test_options_out_of_range_or_that_exclude_each_other_are_refused_with_the_reason(capsys):
@@ -1267,6 +1269,10 @@ def test_nothing_is_chosen_or_fitted_on_the_test_part_and_equal_pictures_are_in_
     assert torch.equal(part[:60], part[60:120]) and torch.equal(part[:30], part[120:])
     assert part[:60].bincount().tolist() == [51, 3, 6]  # a tenth to judge, a twentieth to choose
     assert torch.equal(cvae.split_data(images[moved]), part[moved])  # whatever the order
+    few = cvae.split_data(different[[0, 1, 2, 3, 3]])
+    assert sorted(few[:4].tolist()) == [cvae.TRAIN, cvae.TRAIN, cvae.VAL, cvae.TEST]  # the deviation of a single one would be NaN
+    with pytest.raises(cvae.UserError, match="at least four"):
+        cvae.split_data(different[[0, 1, 2, 2]])
 
 
 @pytest.mark.slow
