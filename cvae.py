@@ -806,7 +806,7 @@ def train_prior(run):
 # the decoder makes the picture. `--image` starts from CLIP's image encoder; `--interpolate` keeps the noise and goes
 # from one condition to another; with `--prior normal` the noise is the latent.
 
-GUIDANCE = 1.5  # samples are then recognised at least as often as photographs, and vary a little less
+GUIDANCE = 1.5  # samples are then recognised about as often as photographs, and vary a little less
 STEPS = 16      # more change little
 
 
