@@ -2366,7 +2366,7 @@ def test_ordinary_characters_in_names_are_opened_on_disk_and_encoded_in_addresse
 
 
 def test_names_that_no_file_can_have_are_missing_and_those_that_lead_elsewhere_are_refused(here, world):
-    root, _ = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg"])
+    root, _ = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
     path, val = root / "annotations/captions_val2017.json", root / "val2017"
     (val / "loop.jpg").symlink_to("loop.jpg")
     (val / "gone.jpg").symlink_to("nothing.jpg")
@@ -2374,23 +2374,23 @@ def test_names_that_no_file_can_have_are_missing_and_those_that_lead_elsewhere_a
         for number, name in enumerate(("x" * 300, "羊" * 90 + ".jpg", "a.jpg/b.jpg", "y/" * 3000 + "z", "loop.jpg", "gone.jpg"), 9):
             content["images"].append(image(number, file_name=name))
             content["annotations"].append({"image_id": number, "caption": "a sheep"})
-    assert prepare_from(root, world) == {0: 20, 1: 27, 2: 34}
+    assert prepare_from(root, world) == {0: 20, 1: 27, 2: 34, 3: 41}
     for name in ("half \ud83d.jpg", "../escape.jpg", "/tmp/escape.jpg", "a\0b.jpg", "", "..", "a/../b.jpg", "a//b.jpg", "a/", "a\\b.jpg", "a/.",
                  "C:b.jpg", "a/.. /b.jpg", "../../planted.png", "ok/../../../a.jpg", "a\nb", "a\x7fb", "a\x85b"):  # JSON can hold half an emoji
         with edited(path) as content:
-            content["images"][3]["file_name"] = name
+            content["images"][4]["file_name"] = name
         assert "not a plain file name" in stops(*prepare(root, world, words=["sheep"]))
 
 
 def test_links_may_lead_anywhere_but_out_of_the_folder(here, world):
-    root, _ = folder_of(here / "cache", ["a.jpg", "b.jpg", "sub/c.jpg"])
+    root, _ = folder_of(here / "cache", ["a.jpg", "b.jpg", "sub/c.jpg", "d.jpg"])
     val = root / "val2017"
     (here / "coco").mkdir()
     shutil.move(root / "annotations", here / "coco/annotations")
     (here / "coco/val2017").symlink_to(val)  # the folder is a link
     (val / "a.jpg").rename(val / "A.jpg")
     (val / "a.jpg").symlink_to("A.jpg")  # and a photograph is one, within the folder
-    assert prepare_from(here / "coco", world) == {0: 20, 1: 27, 2: 34}
+    assert prepare_from(here / "coco", world) == {0: 20, 1: 27, 2: 34, 3: 41}
     for link in ("b.jpg", "sub"):
         (val / link).rename(here / link).with_name(link)
         (val / link).symlink_to(here / link)
@@ -2530,12 +2530,12 @@ def test_words_that_match_nothing_are_named_and_a_comma_between_them_earns_a_hin
 @pytest.mark.parametrize("place", ["val2017", "images/val2017", "images", "."])
 @pytest.mark.parametrize("captions", ["annotations", "."])
 def test_photographs_and_captions_in_the_usual_other_places(here, world, capsys, place, captions):
-    root, _ = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], place=place)
+    root, _ = folder_of(here / "coco", ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"], place=place)
     shutil.move(root / "annotations/captions_val2017.json", root / captions / "captions_val2017.json")
     (root / place / "a.jpg").unlink()  # the first one alone is no evidence
-    assert prepare_from(root, world) == {1: 27, 2: 34, 3: 41}
+    assert prepare_from(root, world) == {1: 27, 2: 34, 3: 41, 4: 48}
     said = capsys.readouterr().out
-    assert f"3 are in {root / place}, 1 are missing" in said and f"in {root / captions / 'captions_val2017.json'};" in said
+    assert f"4 are in {root / place}, 1 are missing" in said and f"in {root / captions / 'captions_val2017.json'};" in said
     shutil.rmtree(root / place, ignore_errors=True)  # and places that are searched in vain are named
     captions_file(root, [image(1)], [{"image_id": 1, "caption": "a sheep"}])
     said = stops(*prepare(root, world))
