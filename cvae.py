@@ -1362,7 +1362,7 @@ def embed_photographs(model, paths, device, batch=32):
     # Each core works through batches of its own: threads that share a batch wait for each other after every layer.
     # Decoding hardly holds Python's lock, so threads will do. Two that use a Mac's GPU at once can crash PyTorch.
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(1 if torch.device(device).type == "mps" else cores)
+    pool = ThreadPoolExecutor(1 if device.type == "mps" else cores)
     batches = [range(len(paths))[i:i + batch] for i in range(0, len(paths), batch)]
     images = torch.zeros(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)  # one array, filled as pictures arrive
     kept, embeddings = [], []
@@ -2156,11 +2156,12 @@ def main(argv=None):
         refuse_contradictions(args)
         args.function(args)
     except (UserError, KeyboardInterrupt, OSError, ImportError, RuntimeError) as error:
-        message = str(error)
-        full = re.search("out of memory|can't allocate memory", message)  # CUDA's has a type of its own, others' not
-        if args.debug or (isinstance(error, RuntimeError) and not full):
+        if args.debug:
             raise
-        if isinstance(error, RuntimeError):
+        message = str(error)
+        if isinstance(error, RuntimeError):  # a full memory is one, on CUDA, a Mac and a processor; others are our faults
+            if not re.search("out of memory|can't allocate memory", message):
+                raise
             message = "The memory is full; try half of --batch, --decoder-batch and --prior-batch, or of -n."
         elif isinstance(error, KeyboardInterrupt):
             message = message or "Interrupted. What was finished is kept; the same command goes on (train: --resume)."
