@@ -32,6 +32,7 @@ import warnings
 import zipfile
 from copy import deepcopy
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -408,12 +409,13 @@ def test_embedding_stops_at_an_interruption_and_gives_the_threads_back(jpegs, cl
         raise OSError("broken")
 
     def interrupted(*_, **__):
+        wait_for(lambda: began)
         raise KeyboardInterrupt
     monkeypatch.setattr(cvae, "load_image", load_image)
     monkeypatch.setattr(cvae, "tqdm", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cvae.embed_photographs(clip_model, jpegs * 40, CPU, batch=1)
-    assert len(began) < 500 and set(began) <= {1} and torch.get_num_threads() == THREADS
+    assert len(began) < 500 and set(began) == {1} and torch.get_num_threads() == THREADS
 
 
 @pytest.mark.slow
@@ -445,7 +447,9 @@ def test_a_full_size_clip_passes_through_clip_load(here, archive):
 
 def test_prepare_writes_what_the_photographs_hold(world, here, monkeypatch):
     import clip
-    data = prepared(world / "data.pt")
+    monkeypatch.setattr(cvae, "choose_precision", lambda device: torch.float32)
+    do(*prepare(world / "coco", world))
+    data = prepared()
     annotations = json.loads((world / "coco/annotations/captions_val2017.json").read_text())["annotations"]
     assert data["images"].shape == (24, 3, 128, 128) and data["images"].dtype == torch.uint8
     for row in (0, 7, 23):
@@ -454,9 +458,7 @@ def test_prepare_writes_what_the_photographs_hold(world, here, monkeypatch):
         assert (data["images"][row].permute(1, 2, 0).float() - torch.from_numpy(np.array(middle)).float()).abs().mean() < 1
         assert data["captions"][row] == [a["caption"] for a in annotations if str(a["image_id"]) == data["ids"][row]]
     assert data["split"].bincount().tolist() == [21, 1, 2] and data["words"] == ["sheep", "cow", "horse"]
-    monkeypatch.setattr(cvae, "choose_precision", lambda device: torch.float32)
-    do(*prepare(world / "coco", world))
-    data, (model, preprocess) = prepared(), clip.load(str(world / "clip.pt"), device="cpu")
+    model, preprocess = clip.load(str(world / "clip.pt"), device="cpu")
     files = [world / f"coco/val2017/{int(number):012}.jpg" for number in data["ids"]]
     with torch.no_grad():  # each embedding is in its own row
         texts = model.encode_text(clip.tokenize(sum(data["captions"], []))).float()
@@ -786,7 +788,7 @@ def test_a_size_is_what_models_says_and_each_setting_can_be_given(world, here, m
     configs = []
     monkeypatch.setattr(cvae, "train_stages", lambda run: configs.append(run.config))
     for options in ([], ["--model", "base"], ["--model", "base", "--prior-lr", 0.5, "--no-flip", "--dropout"]):
-        do("train", "--data", world / "data.pt", *options)
+        do("train", "--data", world / "data.pt", "--run", f"run-{len(configs)}", *options)
     small, base, own = configs
     assert (small["vae_width"], small["prior_width"]) == (32, 192) and (base["vae_width"], base["prior_width"], base["prior_lr"]) == (64, 512, 1e-3)
     assert own == base | {"prior_lr": 0.5, "flip": False, "dropout": 0.3}
@@ -818,6 +820,13 @@ def test_options_of_train_change_what_they_name(world, here):
         pictures = cvae.generate(models, torch.randn(2, 16), cvae.IMAGE, torch.randn(2, *models["vae"].shape))
         assert pictures.shape == (2, 3, 128, 128) if "128" in run else pictures.shape == (2, 3, 64, 64)
         assert run == "plain" or not equal(best["plain"], best[run])  # same seed, same photographs: only what was named differs
+
+
+def caught(monkeypatch):
+    """The [networks, loss] that train_vae, train_decoder or train_prior would have given fit."""
+    kept = []
+    monkeypatch.setattr(cvae, "fit", lambda run, stage, networks, loss, *_: kept.extend([networks, loss]))
+    return kept
 
 
 def descend(parameters, steps, loss, rate=2e-3):
@@ -886,13 +895,13 @@ def test_the_flow_regresses_on_the_velocity_of_the_straight_line():
 
 def test_the_second_lesson_is_its_formula_and_each_player_learns_from_its_own_part(run_folder, here, monkeypatch):
     """With a linear critic, and the likelihood pixel by pixel in numpy."""
-    args = caught(monkeypatch)
+    kept = caught(monkeypatch)
     monkeypatch.setattr(cvae, "make_critic", lambda: nn.Conv2d(3, 1, 1))
     models, config = cvae.load_models(run_folder / "best.pt", CPU)
     data = cvae.load_data(config["data"])
     images = cvae.pool_images(data["images"], 64)
     cvae.train_decoder(cvae.Run(Path("."), config | {"flip": False}, data, images, CPU, torch.float32, models, {"vae": [{}, {"loss": 0, "psnr": 0}]}))
-    networks, loss = args[2:4]
+    networks, loss = kept
     vae, critic, first = networks["vae"], networks["critic"], networks["first"]
     with torch.no_grad():
         for p in vae.decoder.parameters():
@@ -999,12 +1008,13 @@ def test_codes_are_where_the_encoder_puts_them_and_statistics_are_the_training_p
         torch.testing.assert_close(network.condition.mean[0], data["image_embeddings"][learned].mean(0))
         torch.testing.assert_close(network.condition.mean[1], data["caption_embeddings"][learned].mean((0, 1)))
     # the flow's centre and scale make the training codes, as its loss gets them, standard normal in each channel
-    args = caught(monkeypatch)
+    kept = caught(monkeypatch)
     monkeypatch.setattr(cvae, "flow_loss", lambda flow, z, *_: z)
     cvae.train_prior(cvae.Run(Path("."), config, data, images, CPU, torch.float32, {"vae": vae, "prior": None}, {}))
-    z = torch.cat([args[3](learned.nonzero()[:, 0], 0.5) for _ in range(20)])
+    networks, loss = kept
+    z = torch.cat([loss(learned.nonzero()[:, 0], 0.5) for _ in range(20)])
     assert z.mean((0, 2, 3)).abs().max() < 0.1 and (z.std((0, 2, 3)) - 1).abs().max() < 0.1
-    assert torch.equal(args[2]["prior"].latent_std, prior.latent_std)  # so best.pt has those of the training, too
+    assert torch.equal(networks["prior"].latent_std, prior.latent_std)  # so best.pt has those of the training, too
 
 
 # ---- Training
@@ -1040,18 +1050,12 @@ def test_training_writes_its_pictures_and_its_figures(run_folder, world):
     assert figures["bpd"] == pytest.approx(nats / np.log(2) / d + 8, abs=1e-4) == figures["loss"]
 
 
-def caught(monkeypatch):
-    """What train_vae, train_decoder or train_prior would give fit: [run, stage, networks, loss, validate, draw]."""
-    kept = []
-    monkeypatch.setattr(cvae, "fit", lambda *args: kept.extend(args))
-    return kept
-
-
 def test_the_first_stage_charges_the_kl_more_and_more_and_its_variance_runs(world, run_folder, monkeypatch):
-    data, args = prepared(world / "data.pt"), caught(monkeypatch)
+    data, kept = prepared(world / "data.pt"), caught(monkeypatch)
     images, config = cvae.pool_images(data["images"], 64), stored(run_folder)["config"] | {"flip": False}
     cvae.train_vae(cvae.Run(Path("."), config, data, images, CPU, torch.float32, {"vae": None, "prior": None}, {}))
-    vae, loss, index = args[2]["vae"], args[3], torch.arange(5)
+    (networks, loss), index = kept, torch.arange(5)
+    vae = networks["vae"]
     for progress, weight in ((0.05, 0.4), (1.0, 1.0)):
         before = vae.variance.item()
         torch.manual_seed(7)
@@ -1065,9 +1069,9 @@ def test_the_first_stage_charges_the_kl_more_and_more_and_its_variance_runs(worl
 
 
 def test_each_epoch_sees_each_training_photograph_once_in_an_order_of_its_own(world, here, monkeypatch):
-    seen, original = [], cvae.sample_condition
-    monkeypatch.setattr(cvae, "sample_condition", lambda data, index: (seen.append(index.tolist()), original(data, index))[1])
+    monkeypatch.setattr(cvae, "sample_condition", mock.Mock(wraps=cvae.sample_condition))
     do(*training(world, "run", "--prior", "normal", "--decoder-epochs", 0, "--batch", 7))
+    seen = [call.args[1].tolist() for call in cvae.sample_condition.call_args_list]
     first, second = sum(seen[:3], []), sum(seen[3:], [])
     learned = [number for number, split in enumerate(prepared(world / "data.pt")["split"]) if split == cvae.TRAIN]
     assert list(map(len, seen)) == [7] * 6 and sorted(first) == sorted(second) == learned and first != second != learned
@@ -1209,7 +1213,7 @@ def test_a_training_that_goes_wrong_stops_names_the_rate_and_keeps_the_last_good
     rate = {("vae", "fast"): ["--lr", 1], ("decoder", "uphill"): ["--decoder-lr", 0.01]}.get((stage, how), [])
     said = stops(*training(world, "run", "--epochs", 12, "--decoder-epochs", 12 if stage == "decoder" else 1, "--prior-epochs", 12, *rate))
     assert words in said and ("NaN" if how == "nan" else "--decoder-lr" if stage == "decoder" else "knowing nothing") in said
-    for file in ("run/last.pt", "run/best.pt") if Path("run/best.pt").exists() else ("run/last.pt",):
+    for file in Path("run").glob("*.pt"):  # last.pt, and best.pt where there is one yet
         assert all(value.isfinite().all() for value in stored(file)["prior" if stage == "prior" else "vae"].values())
     assert how != "nan" or stored("run")["training"]["done"] == 4 and stored("run")["training"]["stage"] == stage
 
@@ -1356,11 +1360,10 @@ def test_a_row_is_its_own_steps_end_in_it_rerank_keeps_the_best_and_separate_the
 
 
 def test_interpolation_keeps_the_noise_and_goes_from_one_prompt_to_the_other(run_folder, here, world, clip_model, monkeypatch):
-    asked, generate = [], cvae.generate
-    monkeypatch.setattr(cvae, "generate", lambda models, c, modality, noise, *rest: (asked.append((c, modality, noise)), generate(models, c, modality, noise, *rest))[1])
+    monkeypatch.setattr(cvae, "generate", mock.Mock(wraps=cvae.generate))
     draw(run_folder, "a cow", "a sheep", "--interpolate", "-n", 3)
     draw(run_folder, "a cow", "--image", world / "coco/val2017/000000000003.jpg", "-n", 3)
-    (between, text, same), (image, first, noise), (cow, second, _) = asked
+    (between, text, same), (image, first, noise), (cow, second, _) = (call.args[1:4] for call in cvae.generate.call_args_list)
     ends = cvae.encode_texts(clip_model, ["a cow", "a sheep"])
     torch.testing.assert_close(between[[0, 2]], ends, atol=1e-4, rtol=0)
     assert torch.equal(same, same[:1].expand(3, -1, -1, -1)) and not torch.equal(noise[0], noise[1])
